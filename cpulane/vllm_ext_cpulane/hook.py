@@ -1,0 +1,2 @@
+def platform_hook():
+    return None

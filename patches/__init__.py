@@ -1,0 +1,5 @@
+"""The patches, in order of application."""
+
+from vllm_ext.patching.declare import Patch
+
+SERIES: tuple[Patch, ...] = ()
