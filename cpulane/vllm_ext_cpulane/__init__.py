@@ -1,1 +1,1 @@
-"""vLLM's GPU code path on a machine without a GPU: test support, never needed to serve."""
+"""vLLM's GPU code path on a machine without a GPU: test support, not for serving."""

@@ -1,0 +1,102 @@
+"""Real vLLM engines for tests: a script in its own process, and a tiny engine in it.
+
+vLLM and Triton read the environment when they are imported, and an engine leaves
+much behind, so each gets a process. A test gives `run_script` a script, which hands
+its findings back with `report`:
+
+    SCRIPT = '''
+    from vllm import SamplingParams
+    from vllm_ext_cpulane.engine import PROMPT, report, tiny_engine
+
+    llm = tiny_engine()
+    [answer] = llm.generate([PROMPT], SamplingParams(max_tokens=4, temperature=0))
+    report(list(answer.outputs[0].token_ids))
+    '''
+    tokens = run_script(SCRIPT, lane_environment("interpret"))
+
+Boot an engine once for several tests: call `run_script` in a module-scoped fixture.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING, Any
+
+from vllm_ext_cpulane.tinymodel import write_model
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+REPORT_FILE = "VEXT_CPULANE_REPORT"
+PROMPT = {"prompt_token_ids": [1, 50, 90, 110]}
+
+
+class ScriptFailedError(Exception):
+    """A script ended badly or reported nothing; holds what it wrote."""
+
+
+def run_script(
+    script: str | Path,
+    environment: Mapping[str, str],
+    *arguments: str,
+    timeout: float = 300,
+) -> Any:
+    """Run a Python script in a new process and return what it reported.
+
+    Args:
+        script: Source text, or the path of a file. A file whose engine starts
+            processes of its own needs an ``if __name__ == "__main__"``.
+        environment: Added to this process's; see ``lane_environment``.
+        arguments: ``sys.argv[1:]`` of the script.
+        timeout: Seconds before the process is killed.
+
+    Raises:
+        ScriptFailedError: It exited with an error, or never called ``report``.
+    """
+    source = [str(script)] if isinstance(script, Path) else ["-c", dedent(script)]
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-cpulane-") as folder:
+        answer = Path(folder) / "report.json"
+        done = subprocess.run(
+            [sys.executable, *source, *arguments],
+            env=os.environ | dict(environment) | {REPORT_FILE: str(answer)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        if done.returncode or not answer.exists():
+            raise ScriptFailedError(
+                f"exit status {done.returncode}, "
+                f"{'a' if answer.exists() else 'no'} report\n{done.stdout}"
+            )
+        return json.loads(answer.read_text())
+
+
+def report(findings: Any) -> None:
+    """In a script: hand ``findings``, anything JSON can hold, to `run_script`."""
+    Path(os.environ[REPORT_FILE]).write_text(json.dumps(findings))
+
+
+def tiny_engine(**options: Any) -> "LLM":
+    """In a script: an ``LLM`` on a tiny model with a tokenizer and random weights.
+
+    Args:
+        options: For ``LLM``, over the defaults below.
+    """
+    from vllm import LLM
+
+    folder = tempfile.mkdtemp(prefix="vllm-ext-tiny-model-")
+    defaults: dict[str, Any] = {
+        "model": str(write_model(folder, tokenizer=True)),
+        "load_format": "dummy",
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_logprobs": -1,
+        "enforce_eager": True,
+    }
+    return LLM(**(defaults | options))

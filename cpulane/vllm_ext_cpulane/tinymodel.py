@@ -1,0 +1,84 @@
+"""A model small enough to decode in an interpreter: a configuration, no weights.
+
+Load it with ``load_format="dummy"``. 2048 tokens are two blocks of the Gumbel
+sampling kernel, so that kernels meet more than one block per row.
+"""
+
+import json
+from pathlib import Path
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+    "{% endfor %}assistant:"
+)
+
+
+def write_model(
+    path: str | Path,
+    vocab_size: int = 2048,
+    *,
+    hidden_size: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 32,
+    max_length: int = 2048,
+    tokenizer: bool = False,
+) -> Path:
+    """Write a Qwen2-shaped model to ``path`` and return it.
+
+    Args:
+        path: A folder, made if it is not there.
+        tokenizer: Add one that has a token per byte, ids 4 to 259; what is left of
+            the vocabulary are tokens that no text produces. Needed for text, bad
+            words and structured outputs; otherwise pass ``skip_tokenizer_init``.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_length,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    if tokenizer:
+        _write_tokenizer(path, vocab_size)
+    return path
+
+
+def _write_tokenizer(path: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"<unused{i}>" for i in range(vocab_size - len(tokens))]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    byte_level = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS[3])
+    )
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level.decoder = decoders.ByteLevel()
+    pad, bos, eos, unknown = SPECIAL_TOKENS
+    PreTrainedTokenizerFast(
+        tokenizer_object=byte_level,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=unknown,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
