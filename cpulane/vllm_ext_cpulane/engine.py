@@ -90,6 +90,8 @@ def tiny_engine(**options: Any) -> "LLM":
     """
     from vllm import LLM
 
+    # Counts in GiB, takes seconds to fill and goes before the option below.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     folder = tempfile.mkdtemp(prefix="vllm-ext-tiny-model-")
     defaults: dict[str, Any] = {
         "model": str(write_model(folder, tokenizer=True)),
@@ -98,5 +100,6 @@ def tiny_engine(**options: Any) -> "LLM":
         "max_num_seqs": 8,
         "max_logprobs": -1,
         "enforce_eager": True,
+        "kv_cache_memory_bytes": 16 * 2**20,
     }
     return LLM(**(defaults | options))
