@@ -4,9 +4,11 @@ Real: vLLM's engine core, scheduler, Model Runner V2, sampler, Triton attention'
 metadata builder, CUDA-graph dispatch, and the whole launch path of Triton. Stubbed is
 what `STUBBED` says. Runs on the CPU lane, in a process that serves questions:
 
+``boot()``              build it
 ``start(batch, mode)``  have that many requests decode, every one of them in each step
 ``count(steps)``        submissions of a step
 ``time(steps)``         microseconds of each step, by part
+``patches()``           what became of each patch in this process
 """
 
 import ctypes
@@ -18,6 +20,7 @@ from time import process_time, thread_time
 from typing import TYPE_CHECKING, Any
 
 from vllm_ext.children import serve
+from vllm_ext.patching.report import snapshot
 from vllm_ext_cpulane.discard import EFFECTS, LAUNCHES, OffClock
 
 if TYPE_CHECKING:
@@ -74,7 +77,20 @@ def main() -> None:
     def of(name: str) -> Callable[..., Any]:
         return lambda **details: getattr(loop, name)(**details)
 
-    serve({"boot": boot, **{name: of(name) for name in ("start", "count", "time")}})
+    asked = {name: of(name) for name in ("start", "count", "time")}
+    serve({"boot": boot, "patches": patches, **asked})
+
+
+def patches() -> list[dict[str, Any]]:
+    """Name, state and reason of every patch of this process."""
+    from vllm_ext import plugin
+
+    if plugin.engine is None:
+        return []
+    return [
+        {"name": each["name"], "state": each["state"], "reason": each["reason"]}
+        for each in snapshot(plugin.engine)["patches"]
+    ]
 
 
 class HostLoop:

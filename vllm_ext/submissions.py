@@ -211,12 +211,11 @@ class Submissions(TorchDispatchMode):  # type: ignore[misc]
                 fields = [field for field in tensors if _is_tensor(field)]
                 self.add("d2h", "to_cpu_nonblocking", len(fields))
                 with self.paused():
-                    return type(tensors)(
-                        *(
-                            self._host.add(field.clone()) if _is_tensor(field) else field
-                            for field in tensors
-                        )
+                    copies = (
+                        self._host.add(field.clone()) if _is_tensor(field) else field
+                        for field in tensors
                     )
+                    return type(tensors)(*copies)
 
             return moved
 
