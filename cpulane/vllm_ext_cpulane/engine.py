@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 REPORT_FILE = "VEXT_CPULANE_REPORT"
-PROMPT = {"prompt_token_ids": [1, 50, 90, 110]}
+PROMPT = {"prompt_token_ids": [1, 50, 90, 60]}  # text, so that answers are text too
 
 
 class ScriptFailedError(Exception):
@@ -94,8 +94,7 @@ def tiny_engine(**options: Any) -> "LLM":
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     folder = tempfile.mkdtemp(prefix="vllm-ext-tiny-model-")
     defaults: dict[str, Any] = {
-        "model": str(write_model(folder, tokenizer=True)),
-        "load_format": "dummy",
+        "model": str(write_model(folder, tokenizer=True, weights=True)),
         "max_model_len": 256,
         "max_num_seqs": 8,
         "max_logprobs": -1,

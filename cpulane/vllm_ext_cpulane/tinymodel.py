@@ -1,11 +1,12 @@
-"""A model small enough to decode in an interpreter: a configuration, no weights.
+"""A model small enough to decode in an interpreter.
 
-Load it with ``load_format="dummy"``. 2048 tokens are two blocks of the Gumbel
-sampling kernel, so that kernels meet more than one block per row.
+2048 tokens are two blocks of the Gumbel sampling kernel, so that kernels meet more
+than one block per row.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
 CHAT_TEMPLATE = (
@@ -25,11 +26,15 @@ def write_model(
     head_dim: int = 32,
     max_length: int = 2048,
     tokenizer: bool = False,
+    weights: bool = False,
 ) -> Path:
     """Write a Qwen2-shaped model to ``path`` and return it.
 
     Args:
         path: A folder, made if it is not there.
+        weights: Add random weights under which a few tokens are likely. Without
+            them load with ``load_format="dummy"``, where all tokens are equally
+            likely to seven digits: enough to time a step, not to judge a sampler.
         tokenizer: Add one that has a token per byte, ids 4 to 259; what is left of
             the vocabulary are tokens that no text produces. Needed for text, bad
             words and structured outputs; otherwise pass ``skip_tokenizer_init``.
@@ -58,7 +63,47 @@ def write_model(
     (path / "config.json").write_text(json.dumps(config, indent=2))
     if tokenizer:
         _write_tokenizer(path, vocab_size)
+    if weights:
+        _write_weights(path, config)
     return path
+
+
+def _write_weights(path: Path, config: dict[str, Any]) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(0)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    query = config["num_attention_heads"] * config["head_dim"]
+    key_value = config["num_key_value_heads"] * config["head_dim"]
+
+    def normal(rows: int, columns: int, gain: float = 1.0) -> "np.ndarray":
+        """Weights that keep the size of what they are multiplied with."""
+        scale = gain / columns**0.5
+        return random.normal(0, scale, (rows, columns)).astype(np.float32)
+
+    # A gain of 2.4 is the standard deviation of the logits, also of the weight that
+    # a token has in its own logit: small, or greedy decoding would repeat it forever.
+    tensors = {"model.embed_tokens.weight": normal(config["vocab_size"], hidden, 2.4)}
+    tensors["model.norm.weight"] = np.ones(hidden, np.float32)
+    for index in range(config["num_hidden_layers"]):
+        layer = {
+            "self_attn.q_proj.weight": normal(query, hidden),
+            "self_attn.k_proj.weight": normal(key_value, hidden),
+            "self_attn.v_proj.weight": normal(key_value, hidden),
+            "self_attn.q_proj.bias": np.zeros(query, np.float32),
+            "self_attn.k_proj.bias": np.zeros(key_value, np.float32),
+            "self_attn.v_proj.bias": np.zeros(key_value, np.float32),
+            "self_attn.o_proj.weight": normal(hidden, query, 3.0),
+            "mlp.gate_proj.weight": normal(inner, hidden),
+            "mlp.up_proj.weight": normal(inner, hidden),
+            "mlp.down_proj.weight": normal(hidden, inner, 3.0),
+            "input_layernorm.weight": np.ones(hidden, np.float32),
+            "post_attention_layernorm.weight": np.ones(hidden, np.float32),
+        }
+        for name, tensor in layer.items():
+            tensors[f"model.layers.{index}.{name}"] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_tokenizer(path: Path, vocab_size: int) -> None:
