@@ -133,5 +133,5 @@ def _take_config(series: tuple[Patch, ...], config: Any) -> None:
             log.info("vllm-ext: %s is set, so additional_config's is not taken", name)
         else:
             os.environ[name] = _own_variables[name] = value
-    if engine is not None and (variables or problems):
+    if engine is not None:
         _configure(engine, series, _read_settings(series))

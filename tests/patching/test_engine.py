@@ -61,6 +61,16 @@ def test_edits_in_two_modules_are_applied_when_the_second_is_imported(toy: Toy):
     assert ops.scale.__module__ == "ours.replacement"
 
 
+def test_waits_for_a_module_that_names_the_process(toy: Toy):
+    patch = patch_of(SCALE, after=("toy.runner",))
+    ops = toy.load("toy.ops")
+    outcome = toy.engine(patch).offer(patch)
+    assert outcome.state == "waiting"
+    assert ops.scale.__module__ == "toy.ops"
+    assert toy.load("toy.runner").step(3) == 7
+    assert outcome.state == "in use"
+
+
 def test_a_wrapper_gets_the_original(toy: Toy):
     toy.engine(patch_of(LOGGED)).offer(patch_of(LOGGED))
     assert toy.load("toy.runner").step(3) == 7

@@ -46,6 +46,9 @@ class Patch:
         edits: The changes.
         relies_on: Upstream objects that the replacements lean on without touching:
             a change of theirs stops the patch as a change of a target does.
+        after: Modules that must have been imported too, though no edit is in them.
+            Names the process that a patch is for where its targets are imported in
+            others as well, such as the frontend.
         tested_with: vLLM versions on which its tests have run.
         upstream: Address of the pull request or issue, once there is one.
         merged_in: First vLLM version that no longer needs it.
@@ -58,6 +61,7 @@ class Patch:
     retire_when: str
     edits: tuple[Edit, ...]
     relies_on: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     tested_with: tuple[str, ...] = ()
     upstream: str | None = None
     merged_in: str | None = None
@@ -71,4 +75,4 @@ class Patch:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that must have been imported before it can be applied."""
-        return tuple(dict.fromkeys(edit.module for edit in self.edits))
+        return tuple(dict.fromkeys([edit.module for edit in self.edits] + [*self.after]))

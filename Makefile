@@ -1,0 +1,53 @@
+# Every command a person needs. Bare `make` lists them.
+PYTHON ?= python3
+RUN := .venv/bin/python
+TESTS ?=
+WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test early-warning gpu lint format types check bench-host compat wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup:  ## make .venv: real vLLM for the CPU, this project, its CPU lane
+	@$(PYTHON) cpulane/make_venv.py
+
+demo: setup  ## the main job: real vLLM on this CPU, patched against stock
+	@$(RUN) -m vllm_ext demo $(ARGS)
+
+test: setup  ## all tests that need no GPU (TESTS=path to choose)
+	@$(RUN) -m pytest -m "not gpu and not early_warning" $(TESTS)
+
+early-warning: setup  ## the CPU lane on vLLM 0.33.0, which has no CPU build; may fail
+	@$(RUN) -m pytest -m early_warning tests
+
+gpu:  ## the tests that need a GPU, on a machine that has one
+	@python -m pytest -m gpu tests
+
+lint: setup  ## ruff: check and format
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: setup  ## ruff: repair what can be repaired
+	@$(RUN) -m ruff check --fix -q . ; $(RUN) -m ruff format -q .
+
+types: setup  ## mypy on the package as it installs
+	@rm -rf build/typecheck
+	@.venv/bin/uv pip install -q --no-deps --no-build-isolation --target build/typecheck .
+	@MYPYPATH=build/typecheck $(RUN) -m mypy -p vllm_ext --python-executable $(RUN)
+
+compat: setup  ## the fit of every patch on the vLLM versions at hand
+	@$(RUN) -m vllm_ext doctor
+	@$(RUN) -m vllm_ext doctor --vllm $(WHEEL)
+
+bench-host: setup  ## host cost of a decode step, stock against patched, no GPU needed
+	@$(RUN) -m vllm_ext bench host $(ARGS)
+
+wheel: setup  ## build sdist and wheel into dist/
+	@.venv/bin/uv build -q --no-build-isolation -o dist .
+
+check: lint types compat test  ## the one command before a push
+
+clean:  ## remove .venv and what was built
+	@rm -rf .venv build dist *.egg-info cpulane/*.egg-info
