@@ -10,6 +10,7 @@ would make that stale.
 
 import argparse
 import importlib.util
+import os
 import sys
 import textwrap
 import time
@@ -24,10 +25,10 @@ from vllm_ext.stats import median, paired_ratio
 
 BATCHES = (1, 8, 32, 128)
 MODES = ("greedy", "temperature", "filtered", "penalties", "logprobs")
-BLOCKS = 16
-STEPS = 25
+BLOCKS = 40
+STEPS = 15
 COUNTED_STEPS = 16  # a block of the KV cache: each request is given one once
-SETTLING_STEPS = 3  # of a block, until the caches hold this engine again
+SETTLING_STEPS = 5  # of a block, until the caches hold this engine again
 LONGEST = 3500  # steps that a request can decode
 
 MEASURED = (
@@ -96,8 +97,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.blocks < 4 or args.steps < 1:
             raise NotHereError("needs --blocks of at least 4 and --steps of at least 1")
-        if args.blocks * (args.steps + SETTLING_STEPS) > LONGEST:
-            raise NotHereError(f"--blocks times --steps has to stay below {LONGEST}")
+        if args.blocks * (2 * args.steps + SETTLING_STEPS) > LONGEST:
+            raise NotHereError(
+                f"--blocks times (twice --steps + {SETTLING_STEPS}) exceeds {LONGEST}, "
+                "the tokens of a request"
+            )
         if args.json:
             jsonfile.check(args.json)
         result = measure(
@@ -157,7 +161,8 @@ def measure(
             child = Child("vllm_ext.hostloop", {**lane, **settings}, f"{name} engine")
             stack.callback(child.close)
             engines[name] = child
-            child.tell("boot")
+            # All on one core: what else runs beside it then slows them all alike.
+            child.tell("boot", cpu=max(os.sched_getaffinity(0)))
         told = {name: child.hear() for name, child in engines.items()}
         rows = []
         cases = [(batch, mode) for batch in batches for mode in modes]
@@ -209,11 +214,10 @@ def _case(
     order = list(engines)
     for _ in range(blocks):
         for name in order:
-            taken = engines[name].ask("time", steps=SETTLING_STEPS + steps)
+            taken = engines[name].ask("time", settling=SETTLING_STEPS, steps=steps)
             for part, samples in taken.items():
-                middle = median(samples[SETTLING_STEPS:])
-                times[name].setdefault(part, []).append(middle)
-        order.reverse()
+                times[name].setdefault(part, []).append(median(samples))
+        order = order[1:] + order[:1]  # no engine runs more often after itself
     rows = []
     for part, stock in times["stock"].items():
         ratio = paired_ratio(stock, times["patched"][part])
@@ -287,8 +291,8 @@ def describe_machine(found: dict[str, Any]) -> str:
     commit = found["commit"] or "no checkout"
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['gpu']}; "
-        f"vllm {found['vllm']}, torch {found['torch']}, triton {found['triton']}, python {found['python']}; "
-        f"{commit}{' with changes' if found['dirty'] else ''}"
+        f"vllm {found['vllm']}, torch {found['torch']}, triton {found['triton']}, "
+        f"python {found['python']}; {commit}{' with changes' if found['dirty'] else ''}"
     )
 
 

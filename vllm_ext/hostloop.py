@@ -4,14 +4,16 @@ Real: vLLM's engine core, scheduler, Model Runner V2, sampler, Triton attention'
 metadata builder, CUDA-graph dispatch, and the whole launch path of Triton. Stubbed is
 what `STUBBED` says. Runs on the CPU lane, in a process that serves questions:
 
-``boot()``              build it
+``boot(cpu)``           build it, and stay on one CPU core from then on
 ``start(batch, mode)``  have that many requests decode, every one of them in each step
 ``count(steps)``        submissions of a step
-``time(steps)``         microseconds of each step, by part
+``time(settling, steps)``  microseconds of each step, by part
 ``patches()``           what became of each patch in this process
 """
 
 import ctypes
+import os
+import resource
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -69,9 +71,10 @@ def main() -> None:
     """Serve questions about one engine, built with the first of them."""
     loop: HostLoop | None = None
 
-    def boot() -> dict[str, Any]:
+    def boot(cpu: int) -> dict[str, Any]:
         nonlocal loop
         loop = HostLoop()
+        os.sched_setaffinity(0, {cpu})  # vLLM's CPU worker had its own idea
         return {"parts": [*PARTS, ALL_THREADS], "stubbed": STUBBED}
 
     def of(name: str) -> Callable[..., Any]:
@@ -112,6 +115,7 @@ class HostLoop:
         self._replays = 0
         self._stub()
         self._clocks: dict[str, list[float]] | None = None  # seconds, by part
+        self._disturbed: list[bool] = []  # by step that is timed
         self._running: list[str] = []
 
     # -- what is asked ----------------------------------------------------------------
@@ -167,9 +171,18 @@ class HostLoop:
             "share": times / steps,
         }
 
-    def time(self, steps: int) -> dict[str, list[float]]:
-        """CPU microseconds of each of ``steps`` decode steps, by part."""
+    def time(self, settling: int, steps: int) -> dict[str, list[float]]:
+        """CPU microseconds of decode steps, by part.
+
+        Steps in which the machine took the core away are left out, since they also
+        pay for the caches that somebody else filled; unless that is most of them.
+
+        Args:
+            settling: Steps before the first that is timed.
+            steps: Undisturbed steps to time; gives up after twice as many.
+        """
         clocks = self._clocks = {part: [] for part in (*PARTS, ALL_THREADS)}
+        self._disturbed = []
         timed = (
             (self._core.scheduler, "schedule"),
             (self._core.model_executor, "execute_model"),
@@ -178,13 +191,24 @@ class HostLoop:
         for holder, name in timed:
             setattr(holder, name, _timed(getattr(holder, name), clocks[name]))
         try:
-            self._decode(steps)
+            self._decode(settling)
+            for _ in range(2 * steps):
+                self._decode(1)
+                if self._disturbed[settling:].count(False) == steps:
+                    break
         finally:
             for holder, name in timed:
                 delattr(holder, name)
             self._clocks = None
+        flags = self._disturbed[settling:]
+        if flags.count(False) < steps // 2:
+            flags = [False] * len(flags)
         return {
-            part: [1e6 * seconds for seconds in samples]
+            part: [
+                1e6 * seconds
+                for seconds, disturbed in zip(samples[settling:], flags, strict=True)
+                if not disturbed
+            ]
             for part, samples in clocks.items()
         }
 
@@ -198,6 +222,7 @@ class HostLoop:
         replays = self._replays
         for _ in range(steps):
             off = OffClock.seconds
+            lost = _times_core_was_lost()
             everyone = process_time()
             started = thread_time()
             self._core.step_fn()
@@ -205,6 +230,7 @@ class HostLoop:
             all_threads = process_time() - everyone
             if self._clocks is not None:
                 off = OffClock.seconds - off
+                self._disturbed.append(_times_core_was_lost() != lost)
                 self._clocks["step"].append(mine - off)
                 self._clocks[ALL_THREADS].append(all_threads - off)
         running = len(self._core.scheduler.running)
@@ -286,6 +312,10 @@ def _timed(method: Callable[..., Any], samples: list[float]) -> Callable[..., An
             samples.append(thread_time() - started - (OffClock.seconds - off))
 
     return call
+
+
+def _times_core_was_lost() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
 
 
 def _clear_logits_indices(*arguments: Any) -> None:
