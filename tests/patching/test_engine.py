@@ -61,6 +61,14 @@ def test_edits_in_two_modules_are_applied_when_the_second_is_imported(toy: Toy):
     assert ops.scale.__module__ == "ours.replacement"
 
 
+def test_a_module_whose_import_still_runs_is_waited_for(toy: Toy):
+    """``toy.runner`` is in ``sys.modules``, and empty, while it imports ``toy.ops``."""
+    patch = patch_of(SCALE, Edit("toy.runner:step", by="ours.replacement:shift"))
+    outcome = toy.engine(patch).offer(patch)
+    assert toy.load("toy.runner").step(3) == 4
+    assert outcome.state == "in use"
+
+
 def test_waits_for_a_module_that_names_the_process(toy: Toy):
     patch = patch_of(SCALE, after=("toy.runner",))
     ops = toy.load("toy.ops")

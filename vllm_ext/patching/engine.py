@@ -147,8 +147,12 @@ class Engine:
             self._settle(outcome, UPSTREAM, f"part of {self.source.package} {merged}")
             return outcome
 
+        # Not sys.modules: a module stands there while its own imports still run.
+        missing = set(patch.modules)
+
         def imported(module: ModuleType) -> None:
-            if self.outcomes.get(patch.name) is outcome:
+            missing.discard(module.__name__)
+            if not missing and self.outcomes.get(patch.name) is outcome:
                 self._try(outcome)
 
         self._callbacks[patch.name] = imported
@@ -169,11 +173,8 @@ class Engine:
         return outcome
 
     def _try(self, outcome: Outcome) -> None:
-        patch = outcome.patch
         with self._lock:
             if outcome.state != WAITING or outcome.placed:
-                return
-            if any(module not in sys.modules for module in patch.modules):
                 return
             try:
                 self._check(outcome)
