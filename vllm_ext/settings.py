@@ -25,7 +25,7 @@ VARIABLES = {
     ),
     "VEXT_STATE_DIR": (
         "(unset)",
-        "folder for one JSON per process: what was applied, used, how often, and why not",
+        "folder for one JSON per process: what was applied, used, how often, or why not",
     ),
 }
 
@@ -61,9 +61,7 @@ class Settings:
     problems: tuple[str, ...]
 
 
-def parse(
-    environ: Mapping[str, str], defaults: Mapping[str, bool]
-) -> Settings:
+def parse(environ: Mapping[str, str], defaults: Mapping[str, bool]) -> Settings:
     """Read the settings.
 
     Args:
@@ -94,9 +92,7 @@ def parse(
     )
 
 
-def _choose(
-    text: str, defaults: Mapping[str, bool], problems: list[str]
-) -> set[str]:
+def _choose(text: str, defaults: Mapping[str, bool], problems: list[str]) -> set[str]:
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     plain = [entry for entry in entries if entry[0] not in "+-"]
     chosen = set() if plain else {name for name, on in defaults.items() if on}
@@ -141,9 +137,10 @@ def from_config(config: Any) -> tuple[dict[str, str], list[str]]:
                 f"known are {', '.join(CONFIG_KEYS)}"
             )
         elif (text := _as_text(value)) is None:
+            shown = json.dumps(value, default=str)
             problems.append(
-                f"additional_config.{CONFIG_NAME}.{key}={json.dumps(value, default=str)}"
-                " is not a text, a number, a truth value or a list of texts; ignored"
+                f"additional_config.{CONFIG_NAME}.{key}={shown} is not a text, a "
+                "number, a truth value or a list of texts; ignored"
             )
         else:
             variables[CONFIG_KEYS[key]] = text

@@ -23,9 +23,7 @@ def applied(patch: Patch) -> Iterator[Outcome]:
     modules = {name: importlib.import_module(name) for name in patch.modules}
 
     def targets() -> list[object]:
-        return [
-            resolve(modules[edit.module], edit.target)[2] for edit in patch.edits
-        ]
+        return [resolve(modules[edit.module], edit.target)[2] for edit in patch.edits]
 
     engine = Engine(
         Source(package_folder(), PACKAGE),

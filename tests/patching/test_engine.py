@@ -167,9 +167,7 @@ def test_the_witness_of_the_first_call_removes_itself(toy: Toy, caplog):
     assert runner.scale is settled
     assert outcome.used == {"toy.ops:scale"}
     assert outcome.calls == {}
-    assert [r.getMessage() for r in caplog.records].count(
-        "vllm-ext: demo in use"
-    ) == 1
+    assert [r.getMessage() for r in caplog.records].count("vllm-ext: demo in use") == 1
 
 
 def test_calls_are_counted_where_asked_for(toy: Toy):

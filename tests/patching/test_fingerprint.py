@@ -103,7 +103,9 @@ def test_a_method_hashes_as_the_same_code_at_another_indent(tmp_path):
 
 
 def test_every_definition_of_a_name_counts(tmp_path):
-    text = "if FAST:\n    def f():\n        return 1\nelse:\n    def f():\n        return {}"
+    text = (
+        "if A:\n    def f():\n        return 1\nelse:\n    def f():\n        return {}"
+    )
     one, two = text.format(2), text.format(3)
     assert digest(tmp_path, one, "toy.ops:f") != digest(tmp_path, two, "toy.ops:f")
     assert find(source_of(tmp_path, one), "toy.ops:f").length == 4

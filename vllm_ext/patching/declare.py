@@ -75,4 +75,5 @@ class Patch:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that must have been imported before it can be applied."""
-        return tuple(dict.fromkeys([edit.module for edit in self.edits] + [*self.after]))
+        edited = (edit.module for edit in self.edits)
+        return tuple(dict.fromkeys([*edited, *self.after]))

@@ -267,7 +267,7 @@ class Engine:
     # -- edits ----------------------------------------------------------------------
 
     def _put(self, placed: Placed, new: Any) -> int:
-        """Let ``new`` stand where the edit is, and in every copy of what stood there."""
+        """Let ``new`` stand where the edit is, and in every copy of what stood so."""
         old = vars(placed.holder)[placed.name]
         setattr(placed.holder, placed.name, new)
         placed.ours.append(new)
@@ -410,7 +410,7 @@ class Engine:
                 yield module
 
     def _holders(self, thing: Any) -> Iterator[tuple[str, ModuleType]]:
-        """Module globals of the package that are ``thing``, as dotted name and module."""
+        """Globals of the package's modules that are ``thing``: dotted name, module."""
         for module in self._modules():
             for name, value in list(vars(module).items()):
                 if value is thing:

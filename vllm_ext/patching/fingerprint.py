@@ -44,19 +44,19 @@ class Source:
             if (self.path / "__init__.py").is_file() and self.path.name == self.package:
                 self.path = self.path.parent
             if not (self.path / self.package / "__init__.py").is_file():
-                raise SourceError(f"{self.path} holds no package `{self.package}`")
+                raise SourceError(f"{self.path} holds no `{self.package}`")
             return
         try:
             self._wheel = zipfile.ZipFile(self.path)
             self._wheel.getinfo(f"{self.package}/__init__.py")
         except FileNotFoundError:
             raise SourceError(
-                f"{self.path} does not exist; give a wheel or a folder of {self.package}"
+                f"{self.path} does not exist; name a wheel or folder of {self.package}"
             ) from None
         except (zipfile.BadZipFile, OSError) as error:
             raise SourceError(f"{self.path} is not a readable wheel: {error}") from None
         except KeyError:
-            raise SourceError(f"{self.path} holds no package `{self.package}`") from None
+            raise SourceError(f"{self.path} holds no `{self.package}`") from None
 
     def _read(self, name: str) -> str | None:
         if self._wheel is None:
@@ -188,9 +188,7 @@ def _definitions(body: list[ast.stmt], name: str) -> Iterator[Definition]:
         for part in ("body", "orelse", "handlers", "finalbody"):
             inner = getattr(node, part, [])
             for entry in inner if isinstance(inner, list) else []:
-                nested = (
-                    entry.body if isinstance(entry, ast.ExceptHandler) else [entry]
-                )
+                nested = entry.body if isinstance(entry, ast.ExceptHandler) else [entry]
                 yield from _definitions(nested, name)
 
 
