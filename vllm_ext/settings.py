@@ -25,7 +25,7 @@ VARIABLES = {
     ),
     "VEXT_STATE_DIR": (
         "(unset)",
-        "folder for one JSON per process: what was applied, used, how often, or why not",
+        "folder for one JSON per process: what was applied and used, or why not",
     ),
 }
 
