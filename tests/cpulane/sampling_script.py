@@ -124,23 +124,20 @@ def answer(request: Any) -> dict[str, Any]:
     }
 
 
-def step_milliseconds(llm: Any, rounds: int = 4, steps: int = 20) -> list[float]:
-    """Median time of a decode step of four requests, once per round."""
-    medians = []
-    for _ in range(rounds):
-        for index in range(4):
-            params = SamplingParams(
-                temperature=0.8, seed=index, max_tokens=steps + 1, ignore_eos=True
-            )
-            llm.llm_engine.add_request(str(index), PROMPT, params)
-        llm.llm_engine.step()  # prefill
-        times = []
-        while llm.llm_engine.has_unfinished_requests():
-            started = time.perf_counter()
-            llm.llm_engine.step()
-            times.append(time.perf_counter() - started)
-        medians.append(1e3 * statistics.median(times))
-    return medians
+def step_milliseconds(llm: Any, steps: int = 20) -> float:
+    """Median time of a decode step of four requests."""
+    for index in range(4):
+        params = SamplingParams(
+            temperature=0.8, seed=index, max_tokens=steps + 1, ignore_eos=True
+        )
+        llm.llm_engine.add_request(str(index), PROMPT, params)
+    llm.llm_engine.step()  # prefill
+    times = []
+    while llm.llm_engine.has_unfinished_requests():
+        started = time.perf_counter()
+        llm.llm_engine.step()
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 def main() -> None:
@@ -158,17 +155,22 @@ def main() -> None:
         return [answer(request) for request in requests]
 
     names = sys.argv[1:] or list(FEATURES)
-    findings = {
-        "vllm": vllm.__file__,
-        "runner": [kind.__module__ for kind in type(runner).__mro__],
-        "has_triton": HAS_TRITON,
-        "lane_installed": "vllm_ext_cpulane.interpret" in sys.modules,
-        "alone": {name: generate(name)[0] for name in names},
-        # Eight run at a time, so requests also join and leave a running batch.
-        "together": dict(zip(names, generate(*names), strict=True)),
-        "step_milliseconds": step_milliseconds(llm),
-    }
-    report(findings)
+    alone = {name: generate(name)[0] for name in names}
+    rounds = [step_milliseconds(llm)]
+    # Eight run at a time, so requests also join and leave a running batch.
+    together = dict(zip(names, generate(*names), strict=True))
+    rounds += [step_milliseconds(llm) for _ in range(3)]
+    report(
+        {
+            "vllm": vllm.__file__,
+            "runner": [kind.__module__ for kind in type(runner).__mro__],
+            "has_triton": HAS_TRITON,
+            "lane_installed": "vllm_ext_cpulane.interpret" in sys.modules,
+            "alone": alone,
+            "together": together,
+            "step_milliseconds": rounds,
+        }
+    )
 
 
 main()
