@@ -5,7 +5,7 @@ TESTS ?=
 WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test early-warning gpu lint format types check bench-host compat wheel clean
+.PHONY: help setup demo test early-warning gpu lint format types check bench-host compat docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ compat: setup  ## the fit of every patch on the vLLM versions at hand
 
 bench-host: setup  ## host cost of a decode step, stock against patched, no GPU needed
 	@$(RUN) -m vllm_ext bench host $(ARGS)
+
+docs: setup  ## write the generated tables of the READMEs anew
+	@$(RUN) -m vllm_ext.tables
 
 wheel: setup  ## build sdist and wheel into dist/
 	@.venv/bin/uv build -q --no-build-isolation -o dist .

@@ -1,0 +1,118 @@
+"""The tables in README.md and patches/README.md that are made from the code.
+
+``python -m vllm_ext.tables`` writes them anew; ``tests/test_readme.py`` fails when they
+are not what it would write.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm_ext import settings
+from vllm_ext.patches import SERIES
+from vllm_ext.patching.declare import Patch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _upstream(patch: Patch) -> str:
+    return f"[sent]({patch.upstream})" if patch.upstream else "not sent"
+
+
+def patches() -> str:
+    """One line per patch: for README.md."""
+    return _table(
+        ("patch", "on", "what it does"),
+        [
+            (
+                f"[`{patch.name}`](patches/{patch.name}/__init__.py)",
+                "yes" if patch.default else "no",
+                patch.summary.rpartition("] ")[2],
+            )
+            for patch in SERIES
+        ],
+    )
+
+
+def weights() -> str:
+    """Every patch with its weight and its end: for patches/README.md."""
+    rows = []
+    for patch in SERIES:
+        folder = ROOT / "patches" / patch.name
+        lines = sum(
+            len(path.read_text().splitlines())
+            for path in folder.glob("*.py")
+            if path.name != "__init__.py"
+        )
+        rows.append(
+            (
+                f"[`{patch.name}`]({patch.name}/__init__.py)",
+                patch.summary,
+                ", ".join(dict.fromkeys(edit.how for edit in patch.edits)),
+                f"{len(patch.edits)} + {len(patch.relies_on)}",
+                str(lines),
+                _upstream(patch),
+                patch.merged_in or patch.retire_when,
+            )
+        )
+    head = ("patch", "summary", "how", "edits + relied on", "lines", "upstream")
+    return _table((*head, "until"), rows)
+
+
+def stories() -> str:
+    """Why each patch exists: for patches/README.md."""
+    return "\n".join(
+        f"### {patch.name}\n\n{textwrap.dedent(patch.why).strip()}\n"
+        for patch in SERIES
+    )
+
+
+def variables() -> str:
+    """The environment variables: for README.md."""
+    return _table(
+        ("variable", "default", "meaning"),
+        [
+            (f"`{name}`", f"`{default}`" if default[0] != "(" else default, meaning)
+            for name, (default, meaning) in settings.VARIABLES.items()
+        ],
+    )
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"patches": patches, "variables": variables},
+    "patches/README.md": {"weights": weights, "stories": stories},
+}
+
+
+def filled(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    """``text`` with each marked section made anew.
+
+    Raises:
+        ValueError: A section's marks are not there exactly once.
+    """
+    for name, make in sections.items():
+        marked = re.compile(rf"(<!-- {name}\b.*?-->\n).*?(<!-- end -->)", re.DOTALL)
+        if len(marked.findall(text)) != 1:
+            raise ValueError(f"there is not one section marked {name}")
+        made = make()
+        text = marked.sub(lambda m, made=made: f"{m[1]}{made}{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """Write the tables anew."""
+    for name, sections in SECTIONS.items():
+        path = ROOT / name
+        path.write_text(filled(path.read_text(), sections))
+
+
+if __name__ == "__main__":
+    main()
