@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from time import process_time, thread_time
 from typing import TYPE_CHECKING, Any
 
+from vllm_ext import gpupath
 from vllm_ext.children import serve
 from vllm_ext.patching.report import snapshot
 from vllm_ext_cpulane.discard import EFFECTS, LAUNCHES, OffClock
@@ -40,14 +41,13 @@ STUBBED = (
 PARTS = ("schedule", "execute_model", "sample_tokens", "update_from_output", "step")
 ALL_THREADS = "step, all threads"
 
-# Sizes: the shape of Qwen2.5-0.5B's layers as far as the host sees it, an H200's
-# default of concurrent requests, and the block size of vLLM's CUDA backends.
+# Sizes: as many layers as Qwen2.5-0.5B has, and an H200's default of concurrent
+# requests.
 LAYERS = 24
 VOCABULARY = 256
 MAX_REQUESTS = 1024
 MAX_LENGTH = 4096
 MAX_TOKENS = 8192
-BLOCK_SIZE = 16
 GRAPH_SIZES = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))  # vLLM's defaults
 
 TOKEN = 5
@@ -104,7 +104,7 @@ class HostLoop:
 
         # The only kernel whose result the host uses, as an index into hidden states.
         EFFECTS["_combine_sampled_and_draft_tokens_kernel"] = _clear_logits_indices
-        _pretend_cuda()
+        gpupath.enable(GRAPH_SIZES)
         self._host = HostMemory()
         self._counting: Submissions | None = None
         with self._host.watching():
@@ -277,15 +277,13 @@ class HostLoop:
         runner.model.forward = forward
         runner.model.compute_logits = compute_logits
 
-        class Graph:
-            @staticmethod
-            def replay() -> None:
-                self._replays += 1
-                self._submitted("graph", "replay (stubbed)")
+        def replay() -> None:
+            self._replays += 1
+            self._submitted("graph", "replay (stubbed)")
 
         graphs = runner.cudagraph_manager
         for described in graphs._capture_descs.values():
-            graphs.graphs.update(dict.fromkeys(described, Graph()))
+            graphs.graphs.update(dict.fromkeys(described, gpupath.Graph(replay)))
         graphs.hidden_states = hidden
         graphs._graphs_captured = True
 
@@ -324,31 +322,6 @@ def _clear_logits_indices(*arguments: Any) -> None:
     ctypes.memset(indices.data_ptr(), 0, indices.nbytes)
 
 
-def _pretend_cuda() -> None:
-    """Undo what vLLM's CPU platform turns off: what a decode step on a GPU has on."""
-    from vllm.config.compilation import CUDAGraphMode
-    from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    stock = CpuPlatform.check_and_update_config
-
-    def check_and_update_config(cls: type, config: Any) -> None:
-        stock(config)
-        config.scheduler_config.async_scheduling = True
-        compilation = config.compilation_config
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        compilation.cudagraph_capture_sizes = list(GRAPH_SIZES)
-        compilation.max_cudagraph_capture_size = GRAPH_SIZES[-1]
-
-    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
-        path: str = AttentionBackendEnum.TRITON_ATTN.get_path()
-        return path
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
-    CpuPlatform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
-    CpuPlatform.get_global_graph_pool = classmethod(lambda cls: (0, 0))
-
-
 def _build_engine() -> Any:
     """An ``LLMEngine`` in this process."""
     from vllm import LLM
@@ -364,7 +337,7 @@ def _build_engine() -> Any:
             max_model_len=MAX_LENGTH,
             max_num_seqs=MAX_REQUESTS,
             max_num_batched_tokens=MAX_TOKENS,
-            block_size=BLOCK_SIZE,
+            block_size=gpupath.BLOCK_SIZE,
             enforce_eager=True,  # nothing is compiled; the graphs are pretended
             disable_log_stats=True,
         ).llm_engine
