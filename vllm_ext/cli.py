@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_ext import __version__, bisect, demo, doctor, hostbench, settings
+from vllm_ext import __version__, bisect, doctor, settings
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.fingerprint import SourceError, fingerprint
@@ -23,9 +24,9 @@ class UserError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
+        args = _parser(arguments[:1]).parse_args(arguments)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -40,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; commands that measure are loaded only when ``first`` is theirs.
+
+    They need numpy, and ``doctor`` has to work where nothing is installed.
+    """
     parser = argparse.ArgumentParser(
         prog="vllm-ext",
         description="Faster decoding of small models on stock vLLM.",
@@ -98,20 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     takes_json(added)
 
-    added = command(
-        "demo", demo.run, "real vLLM on this CPU, patched against stock (the main job)"
-    )
-    demo.add_arguments(added)
+    text = "real vLLM on this CPU, patched against stock (the main job)"
+    added = commands.add_parser("demo", help=text, description=text)
+    if [*first] == ["demo"]:
+        _load("demo", added)
 
-    bench = commands.add_parser("bench", help="measure", description="measure")
+    text = "host cost of a decode step, stock against patched; needs no GPU"
+    bench = commands.add_parser("bench", help="measure", description="Measure.")
     kinds = bench.add_subparsers(required=True, metavar="KIND")
-    host = kinds.add_parser(
-        "host",
-        help="host cost of a decode step, no GPU needed",
-        description="Host cost of a decode step, stock against patched; no GPU needed.",
-    )
-    host.set_defaults(run=hostbench.run)
-    hostbench.add_arguments(host)
+    added = kinds.add_parser("host", help=text, description=text)
+    if [*first] == ["bench"]:
+        _load("hostbench", added)
 
     added = command(
         "bisect", _bisect, "find the patch that makes a command fail: bisect -- CMD"
@@ -122,6 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     takes_json(added)
     added.add_argument("command", nargs="+", metavar="CMD")
     return parser
+
+
+def _load(module: str, parser: argparse.ArgumentParser) -> None:
+    """Let ``vllm_ext.<module>`` add its options and run the command."""
+    try:
+        loaded = importlib.import_module(f"vllm_ext.{module}")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this command needs {error.name}, which comes with vLLM; "
+            "in a checkout, run make setup"
+        ) from None
+    loaded.add_arguments(parser)
+    parser.set_defaults(run=loaded.run)
 
 
 def _print_json(value: Any) -> None:
