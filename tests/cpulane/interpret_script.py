@@ -37,11 +37,6 @@ def _narrow_loop_kernel(out_ptr, bound):
         tl.store(out_ptr, (i * 2).to(tl.int64))
 
 
-@triton.jit
-def _wrap_kernel(out_ptr, value_ptr):
-    tl.store(out_ptr, tl.load(value_ptr) * 3)
-
-
 def loop() -> list[int]:
     out = torch.full((8,), -99)
     _loop_kernel[(1,)](out, -3, 2, STEP=2)
@@ -57,17 +52,10 @@ def doubled(bound: torch.Tensor | int) -> int:
     return out.item()
 
 
-def wrapped() -> int:
-    out = torch.zeros(1, dtype=torch.int32)
-    _wrap_kernel[(1,)](out, torch.tensor([2**30], dtype=torch.int32))
-    return out.item()
-
-
 report(
     {
         "loop": loop(),
         "wide": doubled(torch.tensor([2**30])),
         "narrow": doubled(2**30),
-        "wrapped": wrapped(),
     }
 )
