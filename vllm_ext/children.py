@@ -6,6 +6,7 @@ answers come back on a pipe of their own, everything else goes to a file of whic
 last lines are shown when the child fails.
 """
 
+import atexit
 import json
 import os
 import select
@@ -89,13 +90,21 @@ class Child:
             raise ChildError(f"{self.name}: {answer['error']}")
         return answer["answer"]
 
+    def ready(self, timeout: float) -> bool:
+        """Whether `hear` has something to say, or will within ``timeout`` seconds."""
+        return b"\n" in self._unread or bool(
+            select.select([self._replies], [], [], timeout)[0]
+        )
+
     def ask(self, what: str, timeout: float = 300, **details: Any) -> Any:
         """Ask, and wait ``timeout`` seconds for the answer."""
         self.tell(what, **details)
         return self.hear(timeout)
 
     def close(self) -> None:
-        """Let it end by itself, then end what is left of its process group."""
+        """Let it end by itself, or end it; again: nothing."""
+        if self._replies.closed:
+            return
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
@@ -124,7 +133,7 @@ class Child:
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """In the child: answer questions until standard input ends.
+    """In the child: answer questions until standard input ends, then end the process.
 
     Args:
         handlers: By what is asked; called with the details, and returns the answer
@@ -140,3 +149,8 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
             except ValueError as error:
                 answer = {"error": str(error)}
             print(json.dumps(answer), file=replies, flush=True)
+    # What was registered for the end runs; taking an engine apart object by object
+    # takes seconds, and nobody would see the result.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)

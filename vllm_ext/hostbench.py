@@ -36,6 +36,7 @@ MEASURED = (
     " engine core, scheduler, Model Runner V2, sampler and Triton launch path."
     " It is host time on this machine, and says nothing about the speed of a GPU."
 )
+ALL_THREADS = "step, all threads"
 NEEDS_LANE = "bench host needs the CPU lane of a checkout: run make setup"
 
 Say = Callable[[str], None]
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vllm-ext bench host``."""
     parser.add_argument(
         "--batch",
-        type=_numbers,
+        type=parse_batches,
         default=BATCHES,
         metavar="N,N",
         help=f"requests per step (default: {','.join(map(str, BATCHES))})",
@@ -147,7 +148,7 @@ def measure(
         NotHereError: The CPU lane is not installed.
         ChildError: An engine failed.
     """
-    lane = environment()
+    lane = environment("discard")
     chosen = {"VEXT": "1", "VEXT_PATCHES": patches or None}
     kinds: dict[str, dict[str, str | None]] = {
         "stock": {"VEXT": "0"},
@@ -181,8 +182,11 @@ def measure(
     }
 
 
-def environment() -> dict[str, str | None]:
-    """For a child that drops its launches.
+def environment(mode: str) -> dict[str, str | None]:
+    """For a child on the CPU lane.
+
+    Args:
+        mode: The lane's: ``interpret`` or ``discard``.
 
     Raises:
         NotHereError: There is no CPU lane to run it in.
@@ -192,7 +196,7 @@ def environment() -> dict[str, str | None]:
     from vllm_ext_cpulane.environment import lane_environment
 
     return {
-        **lane_environment("discard"),
+        **lane_environment(mode),
         "VLLM_LOGGING_LEVEL": "ERROR",
         # Counting every call of a patch would cost the patched side time.
         "VEXT_STATE_DIR": None,
@@ -296,7 +300,8 @@ def describe_machine(found: dict[str, Any]) -> str:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def parse_batches(text: str) -> tuple[int, ...]:
+    """``1,8`` as numbers, for argparse."""
     numbers = tuple(int(part) for part in text.split(","))
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text}: a batch has at least one request")
