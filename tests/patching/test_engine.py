@@ -129,6 +129,8 @@ def test_a_class_that_is_no_subclass_fails(toy: Toy):
 def test_a_kernel_goes_through_the_packages_dispatcher_and_comes_back(toy: Toy):
     launch, kernels = toy.load("toy.launch"), toy.load("toy.kernels")
     stock = kernels.add_kernel
+    theirs = toy.load("foreign")  # the dispatcher moves everybody's copies
+    theirs.add_kernel = stock
     engine = toy.engine(patch_of(KERNEL))
     outcome = engine.offer(patch_of(KERNEL))
     assert outcome.state == "applied"
@@ -136,7 +138,7 @@ def test_a_kernel_goes_through_the_packages_dispatcher_and_comes_back(toy: Toy):
     assert outcome.state == "in use"
     assert kernels.warm_up.kernel is kernels.add_kernel is not stock
     engine.revert("demo")
-    assert launch.add_kernel is kernels.add_kernel is stock
+    assert launch.add_kernel is kernels.add_kernel is theirs.add_kernel is stock
     assert kernels.warm_up.kernel is stock
     assert "_kernel_arg_names" not in vars(kernels.warm_up)
     assert toy.load("toy.triton_utils.dispatcher")._registry == {}

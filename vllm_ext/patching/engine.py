@@ -322,9 +322,13 @@ class Engine:
 
         def unregister() -> None:
             dispatcher._registry.pop(name, None)
-            # Warm-up objects hold the kernel, and argument names read from it.
-            for module in self._modules():
-                for value in list(vars(module).values()):
+            # It moves copies in every module, also in those that are not its own.
+            for module in list(sys.modules.values()):
+                for attribute, value in list(getattr(module, "__dict__", {}).items()):
+                    if value is wrapper:
+                        setattr(module, attribute, placed.original)
+                        continue
+                    # Warm-up objects hold the kernel, and names read from it.
                     with suppress(TypeError):
                         if vars(value).get("kernel") is wrapper:
                             value.kernel = placed.original
