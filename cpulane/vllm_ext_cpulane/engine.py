@@ -19,6 +19,7 @@ Boot an engine once for several tests: call `run_script` in a module-scoped fixt
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,31 +49,41 @@ def run_script(
 ) -> Any:
     """Run a Python script in a new process and return what it reported.
 
+    What it leaves in the temporary folder is gone when this returns.
+
     Args:
         script: Source text, or the path of a file. A file whose engine starts
             processes of its own needs an ``if __name__ == "__main__"``.
         environment: Added to this process's; see ``lane_environment``.
         arguments: ``sys.argv[1:]`` of the script.
-        timeout: Seconds before the process is killed.
+        timeout: Seconds before it is killed, with every process it started.
 
     Raises:
         ScriptFailedError: It exited with an error, or never called ``report``.
+        subprocess.TimeoutExpired: It took longer than ``timeout``.
     """
     source = [str(script)] if isinstance(script, Path) else ["-c", dedent(script)]
-    with tempfile.TemporaryDirectory(prefix="vllm-ext-cpulane-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vext-") as folder:
         answer = Path(folder) / "report.json"
-        done = subprocess.run(
+        added = {REPORT_FILE: str(answer), "TMPDIR": folder}
+        process = subprocess.Popen(
             [sys.executable, *source, *arguments],
-            env=os.environ | dict(environment) | {REPORT_FILE: str(answer)},
+            env=os.environ | dict(environment) | added,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout,
+            start_new_session=True,
         )
-        if done.returncode or not answer.exists():
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # an engine has children
+            process.wait()
+            raise
+        if process.returncode or not answer.exists():
             raise ScriptFailedError(
-                f"exit status {done.returncode}, "
-                f"{'a' if answer.exists() else 'no'} report\n{done.stdout}"
+                f"exit status {process.returncode}, "
+                f"{'a' if answer.exists() else 'no'} report\n{output}"
             )
         return json.loads(answer.read_text())
 

@@ -73,7 +73,6 @@ def _skip_overflow_checks() -> None:
     Compiled code leaves them out too, and the interpreter computes them to report
     nothing. It also fills a table of dtypes at each look-up; once is enough.
     """
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -83,7 +82,7 @@ def _skip_overflow_checks() -> None:
     stock = interpreter._get_np_dtype
     of_scalar = functools.cache(stock)
 
-    def get_np_dtype(dtype: tl.dtype) -> np.dtype:
+    def get_np_dtype(dtype: tl.dtype) -> Any:
         return of_scalar(dtype) if type(dtype) is tl.dtype else stock(dtype)
 
     interpreter._get_np_dtype = get_np_dtype

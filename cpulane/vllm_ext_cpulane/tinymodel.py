@@ -77,7 +77,7 @@ def _write_weights(path: Path, config: dict[str, Any]) -> None:
     query = config["num_attention_heads"] * config["head_dim"]
     key_value = config["num_key_value_heads"] * config["head_dim"]
 
-    def normal(rows: int, columns: int, gain: float = 1.0) -> "np.ndarray":
+    def normal(rows: int, columns: int, gain: float = 1.0) -> Any:
         """Weights that keep the size of what they are multiplied with."""
         scale = gain / columns**0.5
         return random.normal(0, scale, (rows, columns)).astype(np.float32)
@@ -119,7 +119,8 @@ def _write_tokenizer(path: Path, vocab_size: int) -> None:
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     pad, bos, eos, unknown = SPECIAL_TOKENS
-    PreTrainedTokenizerFast(
+    fast: Any = PreTrainedTokenizerFast
+    fast(
         tokenizer_object=byte_level,
         pad_token=pad,
         bos_token=bos,

@@ -1,5 +1,9 @@
 """What the entry point does for each value of ``VEXT_CPULANE``, vLLM not needed."""
 
+import subprocess
+import time
+from pathlib import Path
+
 import pytest
 
 from vllm_ext_cpulane.engine import ScriptFailedError, run_script
@@ -71,3 +75,27 @@ def test_a_script_that_fails_shows_its_output():
 def test_a_script_that_reports_nothing_fails():
     with pytest.raises(ScriptFailedError, match="no report"):
         run_script("print('done')", {})
+
+
+def test_a_script_that_hangs_is_killed_with_its_children(tmp_path):
+    pid_file = tmp_path / "pid"
+    script = f"""
+        import pathlib, subprocess, sys
+
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        pathlib.Path({str(pid_file)!r}).write_text(str(child.pid))
+        child.wait()
+    """
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_script(script, {}, timeout=2)
+    assert ends_within(5, Path(f"/proc/{pid_file.read_text()}/stat"))
+
+
+def ends_within(seconds: float, status: Path) -> bool:
+    """Whether a process ends; a zombie that nobody has waited for has ended."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.02)
+    return False
