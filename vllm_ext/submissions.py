@@ -32,8 +32,11 @@ _aten = torch.ops.aten
 _ALLOCATIONS = {
     *(_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.empty_permuted),
     *(_aten.new_empty, _aten.new_empty_strided),
-    *(_aten.detach, _aten.alias, _aten.lift_fresh, _aten.set_, _aten.resize_),
+    *(_aten.lift_fresh, _aten.set_, _aten.resize_),
 }
+# Inference mode shows operators before they are taken apart: the first one is what
+# the other two are made of.
+_READS = {_aten._local_scalar_dense, _aten.item, _aten.is_nonzero}
 _MISSING = object()
 
 
@@ -149,21 +152,23 @@ class Submissions(TorchDispatchMode):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self._paused or func.is_view or func.overloadpacket in _ALLOCATIONS:
+        if self._paused or func.overloadpacket in _ALLOCATIONS:
             return result
         read = [leaf for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        made = [leaf for leaf in tree_leaves(result) if _is_tensor(leaf)]
+        if made and not func._schema.is_mutable and _alias(made, read):
+            return result  # a view, a conversion to the type that it has
         hosts = [tensor in self._host for tensor in read]
         if func.overloadpacket is _aten.copy_ and len(hosts) == 2:
             kind = {(False, True): "h2d", (True, False): "d2h"}.get(
                 (hosts[0], hosts[1]), "" if hosts[0] else "aten"
             )
-        elif func.overloadpacket is _aten._local_scalar_dense:
+        elif func.overloadpacket in _READS:
             kind = "" if hosts[0] else "d2h"
         elif hosts and all(hosts):
             kind = ""
-            for made in tree_leaves(result):
-                if _is_tensor(made):
-                    self._host.add(made)
+            for tensor in made:
+                self._host.add(tensor)
         else:
             kind = "aten"
         if kind:
@@ -238,6 +243,11 @@ class Submissions(TorchDispatchMode):  # type: ignore[misc]
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def _alias(made: list[torch.Tensor], read: list[torch.Tensor]) -> bool:
+    memory = {tensor.untyped_storage().data_ptr() for tensor in read}
+    return all(tensor.untyped_storage().data_ptr() in memory for tensor in made)
 
 
 @contextmanager
