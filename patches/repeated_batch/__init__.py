@@ -12,9 +12,10 @@ PATCH = Patch(
         Between two steps of the same decoding requests, five things of an input
         batch change: positions, sequence lengths, input ids, and the two bounds on
         lengths that the host keeps. Stock also copies idx_mapping and query_start_loc
-        to the device again, fills cu_num_logits and expanded_local_pos again, and
-        builds a batch of 40 fields: two pinned allocations, two host-to-device
-        copies, two kernels and three device allocations per step.
+        to the device again, fills cu_num_logits, expanded_local_pos and is_padding
+        again, and builds a batch of 40 fields: two pinned allocations, two
+        host-to-device copies, up to four kernels and three device allocations per
+        step.
 
         Rung 3 of the ladder: a wrapper around a large method that runs it for every
         other step and, for these, calls the two kernels that have to run. What it
@@ -42,6 +43,7 @@ PATCH = Patch(
         f"{_GPU}.model_runner:GPUModelRunner.gather_batch_req_state",
         # Who else writes the input buffers, or the batch.
         f"{_GPU}.model_runner:GPUModelRunner.execute_model",
+        f"{_GPU}.cudagraph_utils:prepare_inputs_to_capture",
         f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor",
     ),
     tested_with=("0.32.0", "0.33.0"),

@@ -4,16 +4,15 @@
 
 What is kept on the device, and why it still holds what it should:
 
-* ``query_start_loc`` in the input buffers is written by `prepare_inputs` and by dummy
-  batches only, once drafts and context parallelism are ruled out. Both forget the
-  kept batch before they write.
+* ``query_start_loc`` and ``is_padding`` in the input buffers are written by
+  `prepare_inputs` and for dummy batches only, once drafts and context parallelism are
+  ruled out. Both forget the kept batch before they write.
 * ``idx_mapping``, ``cu_num_logits`` and ``expanded_local_pos`` are tensors of their
   own that every consumer reads and none writes. A changed batch gets new ones; the
   old ones are not written over, so a step still in flight keeps what it was given.
 
-A request that finishes leaves the batch, one that is preempted comes back as a
-prefill, and a slot that is given to another request comes with another id: in each
-case the batch is not the same and stock builds it.
+A request that finishes leaves the batch, and one that is given a slot, be it new or
+resumed, comes as a prefill: in each case stock builds the batch.
 
 Carries two calls and the computation of the bounds from vLLM's method.
 """
@@ -24,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import vllm.envs as envs
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu import model_runner as upstream
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -68,7 +66,7 @@ def repeat_inputs(original: Callable[..., InputBatch]) -> Callable[..., InputBat
             and kept is not None
             and kept.mark is mark
             and kept.batch_desc == batch_desc
-            and kept.batch.req_ids == batch_req_state.req_ids
+            # Slots rather than ids: what is kept depends on nothing else.
             and kept.batch.idx_mapping_np.tobytes()
             == batch_req_state.idx_mapping_np.tobytes()
         ):
@@ -132,8 +130,6 @@ def _reason_to_rebuild(runner: GPUModelRunner, batch: InputBatch) -> str | None:
         return "attention window that depends on the prompt"
     if batch.fast_prefill is not None:
         return "fast prefill"
-    if envs.VLLM_MOE_SKIP_PADDING:
-        return "padding marked for experts"
     return None
 
 

@@ -68,9 +68,9 @@ def sampling(choose: random.Random) -> dict[str, Any]:
         params["allowed_token_ids"] = choose.sample(range(4, VOCAB), 50)
     if choose.random() < 0.3:
         params["stop_token_ids"] = choose.sample(STOP_TOKENS, 60)
-    if choose.random() < 0.2:
-        params["min_tokens"] = choose.randint(1, 6)
     params["max_tokens"] = choose.randint(1, 24)
+    if choose.random() < 0.2:
+        params["min_tokens"] = choose.randint(1, params["max_tokens"])
     return params
 
 
@@ -96,7 +96,8 @@ def requests(
     prefixes = [[choose.randrange(4, VOCAB) for _ in range(32)] for _ in range(2)]
     made = []
     for number in range(count):
-        prompt = [choose.randrange(4, VOCAB) for _ in range(choose.randint(1, longest))]
+        length = 1 if choose.random() < 0.15 else choose.randint(2, longest)
+        prompt = [choose.randrange(4, VOCAB) for _ in range(length)]
         if repetitive:
             prompt = (prompt[:4] * longest)[:longest]
         if shared_prefixes:
