@@ -111,9 +111,9 @@ def _hear_config(series: tuple[Patch, ...], arg_utils: ModuleType) -> None:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             _take_config(series, getattr(self, "additional_config", None))
-        except PatchError:
-            raise
         except Exception as error:
+            if engine is not None and engine.strict:
+                raise
             log.warning("vllm-ext: additional_config not taken: %s", error)
         return stock(self, *args, **kwargs)
 

@@ -284,6 +284,26 @@ def test_another_plugin_that_was_first_is_respected(toy: Toy):
     assert "foreign.py" in outcome.reason
 
 
+def test_a_replacement_by_the_package_itself_is_respected(toy: Toy):
+    """As platforms do: the function that stands there is not the one on record."""
+    toy.write(
+        "toy/platform.py",
+        """
+        from toy import ops
+
+        def scale(x):
+            return x << 1
+
+        ops.scale = scale
+        """,
+    )
+    theirs = toy.load("toy.platform").scale
+    outcome = toy.engine(patch_of(SCALE)).offer(patch_of(SCALE))
+    assert toy.load("toy.ops").scale is theirs
+    assert outcome.state == "skipped"
+    assert "platform.py" in outcome.reason
+
+
 def test_another_plugins_method_in_a_class_is_respected(toy: Toy):
     ops = toy.load("toy.ops")
     toy.load("foreign").patch(ops.Sampler, "sample")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ext.patches import SERIES
 from vllm_ext.patching import fingerprint as module
 from vllm_ext.patching.fingerprint import (
     Source,
@@ -21,6 +22,7 @@ from vllm_ext.patching.fingerprint import (
     read_known,
     version_key,
 )
+from vllm_ext.plugin import package_folder
 
 STOCK = '''
 import torch
@@ -183,17 +185,24 @@ def test_another_python_computes_the_same(tmp_path, minor):
     )
     source_of(tmp_path, tricky)
     targets = ["toy.ops:scale", "toy.ops:f", "toy.ops:Sampler"]
+    here = Source(tmp_path, "toy")
+    real = Source(package_folder())
+    watched = sorted({target for patch in SERIES for target in patch.watched})
     code = (
         "import json, sys; from pathlib import Path;"
         f"sys.path.insert(0, {str(Path(module.__file__).parents[2])!r});"
         "from vllm_ext.patching.fingerprint import *;"
-        f"s = Source(Path({str(tmp_path)!r}), 'toy');"
-        f"print(json.dumps([fingerprint(s, t) for t in {targets}]))"
+        f"toy = Source(Path({str(tmp_path)!r}), 'toy');"
+        f"vllm = Source(Path({str(real.path)!r}));"
+        f"print(json.dumps([fingerprint(toy, t) for t in {targets}]"
+        f" + [fingerprint(vllm, t) for t in {watched}]))"
     )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    here = Source(tmp_path, "toy")
-    assert json.loads(done.stdout) == [fingerprint(here, name) for name in targets]
+    expected = [fingerprint(here, name) for name in targets]
+    expected += [fingerprint(real, name) for name in watched]
+    assert None not in expected
+    assert json.loads(done.stdout) == expected
 
 
 def _python(minor: int) -> str | None:

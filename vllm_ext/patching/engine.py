@@ -437,10 +437,12 @@ class Engine:
                         f"{edit.target} is already replaced by {outcome.patch.name}"
                     )
         found = find(self.source, edit.target)
-        allowed = [self.source.path / self.source.package]
+        # What was compared with the record is the text in this file, so a function
+        # from another one, be it of the package itself, was not.
+        allowed = [Path(str(sys.modules[edit.module].__file__))]
         if found and (found.decorated or inspect.isclass(original)):
             # Upstream's own decorators, and those of its methods, live elsewhere.
-            allowed += _decorator_homes()
+            allowed = [self.source.path / self.source.package, *_decorator_homes()]
         for file in _code_files(original):
             if not any(Path(file).is_relative_to(home) for home in allowed):
                 raise Refused(f"{edit.target} was already replaced from {file}")
