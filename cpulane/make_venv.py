@@ -199,7 +199,10 @@ def install_project() -> None:
     run(
         *(PYTHON, "-c", "import torch, triton, vllm, vllm_ext; from vllm import LLM"),
         what="importing vLLM",
-        env=os.environ | {"VEXT": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
+        env={
+            **{"VEXT": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
+            **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
+        },
     )
 
 
