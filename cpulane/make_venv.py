@@ -200,8 +200,8 @@ def install_project() -> None:
         *(PYTHON, "-c", "import torch, triton, vllm, vllm_ext; from vllm import LLM"),
         what="importing vLLM",
         env={
-            **{"VEXT": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
             **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
+            **{"VEXT": "0", "VLLM_LOGGING_LEVEL": "ERROR"},
         },
     )
 
