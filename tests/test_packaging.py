@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -134,8 +135,10 @@ def test_a_checkout_works_on_pythonpath_alone(tmp_path: Path):
 
 
 def test_an_editable_install_leaks_no_folder(tmp_path: Path):
-    origin = importlib.metadata.distribution("vllm-ext").read_text("direct_url.json")
-    assert json.loads(origin or "{}")["dir_info"]["editable"] is True
+    site = sysconfig.get_paths()["purelib"]  # a checkout may hold an .egg-info
+    (installed,) = importlib.metadata.distributions(name="vllm-ext", path=[site])
+    origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    assert origin["dir_info"]["editable"] is True
     found = look(tmp_path, "-P")
     assert all(Path(file).is_relative_to(ROOT) for file in found["files"])
     assert found["leaks"] == []
