@@ -7,6 +7,7 @@ step of either, and what it hands to the GPU in it.
 
 import argparse
 import itertools
+import os
 import sys
 import tempfile
 import textwrap
@@ -25,9 +26,8 @@ MODE = "greedy"
 BLOCKS = 40
 
 HONEST = (
-    "Nothing ran on a GPU. Host times are CPU time of the engine's thread on this"
-    " machine, with kernels compiled, counted and discarded; the forward pass is"
-    " stubbed there. They say what the host spends, not how fast a GPU decodes."
+    "Nothing ran on a GPU. Host us are CPU time of the engine's thread, its kernels"
+    " compiled, counted and discarded, its forward pass stubbed: no GPU speed."
 )
 NEEDS_LANE = "demo needs the CPU lane of a checkout: run make setup"
 
@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vllm-ext demo``."""
     parser.add_argument(
         "--patches",
-        default="",
+        type=hostbench.parse_patches,
+        default=os.environ.get("VEXT_PATCHES", ""),
         metavar="SPEC",
-        help="which patches, as in VEXT_PATCHES (default: those on by default)",
+        help="which patches, as in VEXT_PATCHES (default: that, or the default ones)",
     )
     parser.add_argument(
         "--batch",
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         result["seconds"] = round(time.monotonic() - started, 1)
         if args.json:
             jsonfile.write(args.json, result)
-    except hostbench.NotHereError:
+    except hostbench.CannotRunError:
         print(f"vllm-ext: {NEEDS_LANE}", file=sys.stderr)
         return 1
     except (ChildError, jsonfile.CannotWriteError) as error:
@@ -90,9 +91,10 @@ def show(
     """Everything that `screen` prints, as data.
 
     Raises:
-        NotHereError: The CPU lane is not installed.
+        CannotRunError: The CPU lane is not installed.
         ChildError: An engine failed.
     """
+    load = os.getloadavg()[0]
     tokens, states = compare_tokens(patches, say)
     say(
         f"{tokens['compared']} tokens compared, {tokens['different']} different; "
@@ -115,6 +117,8 @@ def show(
             "mode": first["mode"],
             "stock": first["stock_us"],
             "patched": first["patched_us"],
+            "stock_quartiles": first["stock_quartiles_us"],
+            "patched_quartiles": first["patched_quartiles_us"],
             "ratio": first["ratio"],
             "ci95": first["ci95"],
         },
@@ -126,6 +130,7 @@ def show(
         },
         "patches": states,
         "rows": cost["rows"],
+        "load": round(load, 1),
         "stubbed": cost["stubbed"],
         "machine": machine.describe(),
     }
@@ -143,7 +148,7 @@ def compare_tokens(
         settings: dict[str, dict[str, str | None]] = {
             "stock": {"VEXT": "0"},
             "patched": {
-                **{"VEXT": "1", "VEXT_PATCHES": patches or None},
+                **{"VEXT": "1", "VEXT_PATCHES": patches},
                 "VEXT_STATE_DIR": folder,
             },
         }
@@ -268,18 +273,18 @@ def _screen(result: dict[str, Any]) -> Iterator[str]:
             f"{first['position']}, {first['what']}:"
         )
         yield f"              stock {first['stock']}, patched {first['patched']}"
-    yield f"{'host us per decode step':<24}{'stock':>9}{'patched':>9}{'ratio':>8}  95 %"
-    for row in result["rows"]:
-        if row["part"] == hostbench.ALL_THREADS:
-            continue
-        whole = row["part"] == "step"
-        if not whole and row["batch"] != result["host_us_per_step"]["batch"]:
-            continue
-        label = f"batch {row['batch']}, whole step" if whole else f"  {row['part']}"
-        yield (
-            f"{label:<24}{row['stock_us']:>9.0f}{row['patched_us']:>9.0f}"
-            f"{row['ratio']:>8.3f}  {row['ci95'][0]:.3f} - {row['ci95'][1]:.3f}"
-        )
+    yield (
+        f"{'host us per step':<21}{'stock (mid half)':>18}{'patched':>18}"
+        f"{'ratio':>7}  95 %"
+    )
+    rows = result["rows"]
+    for row in rows:
+        if row["part"] == "step":
+            yield f"{'batch ' + str(row['batch']):<21}{hostbench.times(row)}"
+    for row in rows:
+        shown = row["batch"] == result["host_us_per_step"]["batch"]
+        if shown and row["part"] not in ("step", hostbench.ALL_THREADS):
+            yield f"{'  ' + row['part']:<21}{hostbench.times(row)}"
     counts = result["submissions_per_step"]
     stock, patched = counts["stock"], counts["patched"]
     kinds = ", ".join(f"{kind} {stock[kind]}->{patched[kind]}" for kind in stock)
@@ -296,4 +301,5 @@ def _screen(result: dict[str, Any]) -> Iterator[str]:
         line = f"{patch['name']:<24}{patch['state']:<10}{patch['calls']:>7}  {note}"
         yield line.rstrip()
     yield from textwrap.wrap(HONEST, 79)
+    yield from hostbench.busy(result["load"], result["machine"])
     yield from textwrap.wrap(hostbench.describe_machine(result["machine"]), 79)

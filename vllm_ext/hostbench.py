@@ -19,9 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import jsonfile, machine
+from vllm_ext import jsonfile, machine, settings
 from vllm_ext.children import Child, ChildError
-from vllm_ext.stats import median, paired_ratio
+from vllm_ext.patches import SERIES
+from vllm_ext.stats import median, paired_ratio, quartiles
 
 BATCHES = (1, 8, 32, 128)
 MODES = ("greedy", "temperature", "filtered", "penalties", "logprobs")
@@ -42,8 +43,8 @@ NEEDS_LANE = "bench host needs the CPU lane of a checkout: run make setup"
 Say = Callable[[str], None]
 
 
-class NotHereError(Exception):
-    """One line: what is missing, and how to get it."""
+class CannotRunError(Exception):
+    """One line: what is missing or wrong, and what to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--patches",
-        default="",
+        type=parse_patches,
+        default=os.environ.get("VEXT_PATCHES", ""),
         metavar="SPEC",
-        help="which patches, as in VEXT_PATCHES (default: those on by default)",
+        help="which patches, as in VEXT_PATCHES (default: that, or the default ones)",
     )
     parser.add_argument(
         "--control",
@@ -97,9 +99,11 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if args.blocks < 4 or args.steps < 1:
-            raise NotHereError("needs --blocks of at least 4 and --steps of at least 1")
+            raise CannotRunError(
+                "needs --blocks of at least 4 and --steps of at least 1"
+            )
         if args.blocks * (2 * args.steps + SETTLING_STEPS) > LONGEST:
-            raise NotHereError(
+            raise CannotRunError(
                 f"--blocks times (twice --steps + {SETTLING_STEPS}) exceeds {LONGEST}, "
                 "the tokens of a request"
             )
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         )
         if args.json:
             jsonfile.write(args.json, result)
-    except (NotHereError, ChildError, jsonfile.CannotWriteError) as error:
+    except (CannotRunError, ChildError, jsonfile.CannotWriteError) as error:
         print(f"vllm-ext: {error}", file=sys.stderr)
         return 1
     print(table(result))
@@ -145,14 +149,14 @@ def measure(
         say: Told what goes on.
 
     Raises:
-        NotHereError: The CPU lane is not installed.
+        CannotRunError: The CPU lane is not installed.
         ChildError: An engine failed.
     """
     lane = environment("discard")
-    chosen = {"VEXT": "1", "VEXT_PATCHES": patches or None}
+    load = os.getloadavg()[0]
     kinds: dict[str, dict[str, str | None]] = {
         "stock": {"VEXT": "0"},
-        "patched": chosen,
+        "patched": {"VEXT": "1", "VEXT_PATCHES": patches},
         **({"control": {"VEXT": "0"}} if control else {}),
     }
     with ExitStack() as stack:
@@ -165,11 +169,12 @@ def measure(
             # All on one core: what else runs beside it then slows them all alike.
             child.tell("boot", cpu=max(os.sched_getaffinity(0)))
         told = {name: child.hear() for name, child in engines.items()}
-        rows = []
+        rows: list[dict[str, Any]] = []
+        counts: list[dict[str, Any]] = []
         cases = [(batch, mode) for batch in batches for mode in modes]
         for number, (batch, mode) in enumerate(cases, 1):
             say(f"{number} of {len(cases)}: batch {batch}, {mode}")
-            rows += _case(engines, batch, mode, blocks, steps)
+            _case(engines, batch, mode, blocks, steps, rows, counts)
         states = engines["patched"].ask("patches")
     return {
         "measured": MEASURED,
@@ -178,7 +183,9 @@ def measure(
         "patches": states,
         "blocks": blocks,
         "steps": steps,
+        "load": round(load, 1),
         "rows": rows,
+        "submissions_by_name": counts,
     }
 
 
@@ -189,10 +196,10 @@ def environment(mode: str) -> dict[str, str | None]:
         mode: The lane's: ``interpret`` or ``discard``.
 
     Raises:
-        NotHereError: There is no CPU lane to run it in.
+        CannotRunError: There is no CPU lane to run it in.
     """
     if not importlib.util.find_spec("vllm_ext_cpulane"):
-        raise NotHereError(NEEDS_LANE)
+        raise CannotRunError(NEEDS_LANE)
     from vllm_ext_cpulane.environment import lane_environment
 
     return {
@@ -207,13 +214,22 @@ def environment(mode: str) -> dict[str, str | None]:
 
 
 def _case(
-    engines: dict[str, Child], batch: int, mode: str, blocks: int, steps: int
-) -> list[dict[str, Any]]:
+    engines: dict[str, Child],
+    batch: int,
+    mode: str,
+    blocks: int,
+    steps: int,
+    rows: list[dict[str, Any]],
+    names: list[dict[str, Any]],
+) -> None:
+    """Measure one batch and mode; adds to ``rows`` and ``names``."""
+    case: dict[str, Any] = {"batch": batch, "mode": mode}
     for child in engines.values():
-        child.ask("start", batch=batch, mode=mode)
+        child.ask("start", **case)
     counts = {
         name: child.ask("count", steps=COUNTED_STEPS) for name, child in engines.items()
     }
+    names.append(case | {name: count["names"] for name, count in counts.items()})
     times: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
     order = list(engines)
     for _ in range(blocks):
@@ -222,27 +238,25 @@ def _case(
             for part, samples in taken.items():
                 times[name].setdefault(part, []).append(median(samples))
         order = order[1:] + order[:1]  # no engine runs more often after itself
-    rows = []
     for part, stock in times["stock"].items():
-        ratio = paired_ratio(stock, times["patched"][part])
+        patched = times["patched"][part]
+        ratio = paired_ratio(stock, patched)
         row = {
-            "batch": batch,
-            "mode": mode,
+            **case,
             "part": part,
             "stock_us": median(stock),
-            "patched_us": median(times["patched"][part]),
+            "patched_us": median(patched),
+            "stock_quartiles_us": quartiles(stock),
+            "patched_quartiles_us": quartiles(patched),
             "ratio": ratio.value,
             "ci95": [ratio.low, ratio.high],
             "submissions_stock": counts["stock"]["kinds"],
             "submissions_patched": counts["patched"]["kinds"],
-            "names_stock": counts["stock"]["names"],
-            "names_patched": counts["patched"]["names"],
         }
         if "control" in times:
             same = paired_ratio(stock, times["control"][part])
             row |= {"control_ratio": same.value, "control_ci95": [same.low, same.high]}
         rows.append(row)
-    return rows
 
 
 def table(result: dict[str, Any]) -> str:
@@ -263,6 +277,9 @@ def table(result: dict[str, Any]) -> str:
         describe_machine(result["machine"]),
         *textwrap.wrap(f"patches in use: {', '.join(on) or 'none'}", 79),
         *(textwrap.wrap(f"not in use: {', '.join(off)}", 79) if off else ()),
+        *busy(result["load"], result["machine"]),
+        "Medians of the blocks' medians, in brackets the middle half of them; the",
+        "ratio of neighbouring blocks with a bootstrap interval.",
     ]
     case = None
     for row in result["rows"]:
@@ -279,15 +296,37 @@ def table(result: dict[str, Any]) -> str:
                 f"batch {row['batch']}, {row['mode']}: "
                 f"{sum(stock.values())} -> {sum(patched.values())} submissions "
                 f"({', '.join(changes)})",
-                f"{'':19}{'stock us':>10}{'patched us':>12}{'ratio':>8}  95 % interval"
-                + ("   stock again" if "control_ratio" in row else ""),
+                f"{'':19}{'stock us':>18}{'patched us':>18}{'ratio':>7}  95 %"
+                + (" " * 11 + "again" if "control_ratio" in row else ""),
             ]
         lines.append(
-            f"{row['part']:<19}{row['stock_us']:>10.1f}{row['patched_us']:>12.1f}"
-            f"{row['ratio']:>8.3f}  {row['ci95'][0]:.3f} - {row['ci95'][1]:.3f}"
-            + (f"   {row['control_ratio']:.3f}" if "control_ratio" in row else "")
+            f"{row['part']:<19}{times(row)}"
+            + (f"  {row['control_ratio']:.3f}" if "control_ratio" in row else "")
         )
     return "\n".join(lines)
+
+
+def times(row: dict[str, Any]) -> str:
+    """Both sides of a row with their spread, the ratio and its interval."""
+    sides = (
+        f"{row[f'{side}_us']:.0f} ({low:.0f}-{high:.0f})"
+        for side in ("stock", "patched")
+        for low, high in [row[f"{side}_quartiles_us"]]
+    )
+    low, high = row["ci95"]
+    return (
+        f"{next(sides):>18}{next(sides):>18}{row['ratio']:>7.3f}  {low:.3f}-{high:.3f}"
+    )
+
+
+def busy(load: float, found: dict[str, Any]) -> list[str]:
+    """A line of warning if others were using the machine when a measurement began."""
+    if load < found["cores"] / 2:
+        return []
+    return [
+        f"The machine was busy when this began (load {load:.1f} on {found['cores']} "
+        "cores): wide intervals."
+    ]
 
 
 def describe_machine(found: dict[str, Any]) -> str:
@@ -306,6 +345,14 @@ def parse_batches(text: str) -> tuple[int, ...]:
     if min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"{text}: a batch has at least one request")
     return numbers
+
+
+def parse_patches(text: str) -> str:
+    """A value for ``VEXT_PATCHES``, for argparse; refuses unknown names."""
+    known = {patch.name: patch.default for patch in SERIES}
+    for problem in settings.parse({"VEXT_PATCHES": text}, known).problems:
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 def _modes(text: str) -> tuple[str, ...]:
