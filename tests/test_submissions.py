@@ -76,6 +76,7 @@ SCRIPT = """
         "convert to the same": lambda: device.to(torch.float32),
         "convert": lambda: device.to(torch.float64),
         "kernel reads uva": lambda: uva.gpu[index],
+        "kernel reads nothing else": lambda: uva.gpu + 1,
         "triton": launch,
     }
     found = {}
@@ -139,6 +140,7 @@ def found():
         ("convert to the same", {}),
         ("convert", {"aten": 1}),
         ("kernel reads uva", {"aten": 1}),
+        ("kernel reads nothing else", {"aten": 1}),
         ("triton", {"triton": 1, "aten": 1}),  # its caller makes one tensor
         ("afterwards", {"aten": 1, "graph": 1}),
     ],
