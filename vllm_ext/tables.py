@@ -6,16 +6,18 @@ are not what it would write.
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_ext import settings
+from vllm_ext import demo, settings
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "microbench" / "results" / "cpu"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -86,8 +88,20 @@ def variables() -> str:
     )
 
 
+def demo_screen() -> str:
+    """What the newest kept result of `make demo` showed: for README.md."""
+    path = sorted(RESULTS.glob("*_demo.json"))[-1]
+    result = json.loads(path.read_text())
+    link = path.relative_to(ROOT).as_posix()
+    return f"```\n$ make demo\n{demo.screen(result)}\n```\n\n([{link}]({link}))\n"
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"patches": patches, "variables": variables},
+    "README.md": {
+        "demo": demo_screen,
+        "patches": patches,
+        "variables": variables,
+    },
     "patches/README.md": {"weights": weights, "stories": stories},
 }
 
