@@ -260,7 +260,7 @@ def _case(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for a terminal, 80 columns wide."""
+    """The result for a terminal."""
     on = [each["name"] for each in result["patches"] if each["state"] == "in use"]
     off = [
         f"{each['name']} ({': '.join(filter(None, (each['state'], each['reason'])))})"
@@ -274,7 +274,7 @@ def table(result: dict[str, Any]) -> str:
             textwrap.fill(text, 79, initial_indent="- ", subsequent_indent="  ")
             for text in result["stubbed"]
         ),
-        describe_machine(result["machine"]),
+        *textwrap.wrap(describe_machine(result["machine"]), 79),
         *textwrap.wrap(f"patches in use: {', '.join(on) or 'none'}", 79),
         *(textwrap.wrap(f"not in use: {', '.join(off)}", 79) if off else ()),
         *busy(result["load"], result["machine"]),
