@@ -81,11 +81,11 @@ def copy_constants(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def async_copy_to_np(x: torch.Tensor) -> np.ndarray:
         if x.ndim == 1:
-            key = (x.device, x.shape[0])
-            if x is _ones.get(key):
-                return np.ones(x.shape[0], dtype=np.int32)
-            if x is _zeros.get(key):
-                return np.zeros(x.shape[0], dtype=np.int32)
+            count = x.shape[0]
+            if x is _ones.get((x.device, count)):
+                return np.ones(count, dtype=np.int32)
+            if x is _zeros.get((x.device, count)):
+                return np.zeros(count, dtype=np.int32)
         return original(x)
 
     return async_copy_to_np
