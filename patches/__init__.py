@@ -8,7 +8,6 @@ from vllm_ext.patches.identity_gathers import PATCH as IDENTITY_GATHERS
 from vllm_ext.patches.late_metadata import PATCH as LATE_METADATA
 from vllm_ext.patches.min_tokens_restore import PATCH as MIN_TOKENS_RESTORE
 from vllm_ext.patches.repeated_batch import PATCH as REPEATED_BATCH
-from vllm_ext.patches.slot_mapping_views import PATCH as SLOT_MAPPING_VIEWS
 from vllm_ext.patching.declare import Patch
 
 FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
@@ -16,7 +15,6 @@ FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
 SERIES: tuple[Patch, ...] = (
     CLEAN_SAMPLER_WRITES,
     REPEATED_BATCH,
-    SLOT_MAPPING_VIEWS,
     LATE_METADATA,
     IDENTITY_GATHERS,
     DECODE_COUNTS,

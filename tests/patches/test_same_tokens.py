@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "in_engine" / "same_tokens.py"
 LANE = lane_environment("interpret")
 
 # Patches that have to be at work in a case; the others have nothing to do there.
-ALWAYS = {"clean_sampler_writes", "slot_mapping_views", "identity_gathers"}
+ALWAYS = {"clean_sampler_writes", "identity_gathers"}
 DECODING = ALWAYS | {"repeated_batch", "decode_counts"}
 CASES = {
     "plain": DECODING,
