@@ -97,6 +97,7 @@ def test_doctor_without_vllm_says_what_to_name(tmp_path):
     ("name", "value", "part"),
     [
         ("VLLM_PLUGINS", "other", "keeps vLLM from loading vllm-ext"),
+        ("VLLM_PLUGINS", "other, vllm_ext", "keeps vLLM from loading vllm-ext"),
         ("VLLM_PLUGINS", "", "keeps vLLM from loading vllm-ext"),
         ("VEXT", "0", "VEXT=0 turns the plugin off"),
         ("VEXT_PATCHES", "nothing", "unknown patches: nothing"),
@@ -112,7 +113,7 @@ def test_doctor_sees_what_shuts_us_out(capsys, monkeypatch, name, value, part):
 
 
 def test_doctor_lets_another_plugin_beside_us(capsys, monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "other, vllm_ext")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,vllm_ext")
     assert run(capsys, "doctor")[0] == 0
 
 
@@ -141,7 +142,7 @@ def test_doctor_shows_what_changed(capsys, tmp_path, wheel):
     verdicts = {each["name"]: each for each in found["patches"]}
     assert verdicts["clean_sampler_writes"]["verdict"] == "SKIPPED"
     assert verdicts["clean_sampler_writes"]["changed"] == [target]
-    assert verdicts["slot_mapping_views"]["verdict"] == "fits"
+    assert verdicts["min_tokens_restore"]["verdict"] == "fits"
     assert len(found["attention"]) == 1
 
     status, out, _ = run(capsys, "doctor", "--vllm", tree, "--against", wheel)
@@ -192,15 +193,15 @@ def test_an_unknown_patch_gets_one_line(capsys):
 
 
 def test_show_target_finds_copies_and_callers(capsys, wheel):
-    target = "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer"
+    target = "vllm.v1.worker.gpu.input_batch:get_num_sampled_and_rejected"
     _, found = run_json(capsys, "show-target", target, "--vllm", wheel)
-    assert found["source"].startswith("def build_slot_mappings_by_layer(")
+    assert found["source"].startswith("def get_num_sampled_and_rejected(")
     assert found["history"]["0.33.0"] == found["fingerprint"]
-    runner = "vllm.v1.worker.gpu.model_runner"
+    runner = "vllm.v1.worker.gpu.sample.sampler"
     assert runner in found["copies"]
     (line,) = [at for at in found["callers"] if at.startswith(f"{runner}:")]
     text = (Source(wheel).text(runner) or "").splitlines()
-    assert "build_slot_mappings_by_layer(" in text[int(line.rpartition(":")[2]) - 1]
+    assert "get_num_sampled_and_rejected(" in text[int(line.rpartition(":")[2]) - 1]
     assert f"{found['length']} lines" in run(capsys, "show-target", target)[1]
 
 
@@ -304,6 +305,54 @@ def test_bisect_names_two_that_fail_together(capsys):
     status, out, _ = run(capsys, "bisect", "--json", "--", *fails_with(*pair))
     assert status == 1
     assert json.loads(out)["culprits"] == pair
+
+
+def test_bisect_keeps_to_the_patches_that_were_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("VEXT_PATCHES", ",".join(NAMES[:3]))
+    _, out, _ = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
+    assert f"VEXT_PATCHES={NAMES[0]},{NAMES[2]} avoids it" in out
+    monkeypatch.setenv("VEXT_PATCHES", NAMES[0])
+    assert "VEXT=0 avoids it" in run(capsys, "bisect", "--", *fails_with(NAMES[0]))[1]
+    for value, part in (("typo", "unknown patches: typo"), (f"-{NAMES[0]},", "")):
+        monkeypatch.setenv("VEXT_PATCHES", value)
+        status, _, err = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
+        assert status == 1
+        assert part in err
+    monkeypatch.setenv("VEXT_PATCHES", ",".join(f"-{name}" for name in NAMES))
+    status, _, err = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
+    assert "no patch is on" in err
+
+
+def test_bisect_prints_json_and_nothing_else(capfd):
+    noisy = fails_with(NAMES[0])
+    noisy[-1] = f"print('noise');{noisy[-1]}"
+    main(["bisect", "--json", "--", *noisy])
+    out, err = capfd.readouterr()
+    assert json.loads(out)["culprits"] == [NAMES[0]]
+    assert "noise" in err
+
+
+def test_bisect_leaves_no_process_behind(capsys, tmp_path):
+    """A run's own children, an engine say, end with it."""
+    mark = tmp_path / "pid"
+    code = (
+        "import os, subprocess, time;"
+        "child = subprocess.Popen(['sleep', '600']);"
+        f"open({str(mark)!r}, 'w').write(str(child.pid));"
+        f"time.sleep(60 * ({NAMES[0]!r} in os.environ.get('VEXT_PATCHES', '')))"
+    )
+    command = [sys.executable, "-S", "-c", code]
+    run(capsys, "bisect", "--timeout", "2", "--", *command)
+    state = Path(f"/proc/{mark.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_bisect_wants_a_real_timeout(capsys):
+    for value in ("0", "-1", "nan", "soon"):
+        with pytest.raises(SystemExit) as caught:
+            main(["bisect", "--timeout", value, "--", "true"])
+        assert caught.value.code == 2
+    capsys.readouterr()
 
 
 def test_bisect_says_when_it_is_not_us(capsys):

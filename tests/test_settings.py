@@ -51,6 +51,7 @@ def test_choosing_patches(text, patches):
         ("one,four,five", ("one",)),
         ("-four", ("one", "two")),
         ("+", ("one", "two")),
+        ("+-one", ("one", "two")),
     ],
 )
 def test_an_unknown_name_gets_one_line_and_the_rest_holds(text, patches):
@@ -103,6 +104,7 @@ def test_somebody_elses_additional_config_is_none_of_ours(config):
         {"vllm_ext": {"patch": "one"}},
         {"vllm_ext": {"patches": {"one": True}}},
         {"vllm_ext": {"strict": None}},
+        {"vllm_ext": {"patches": []}},
     ],
 )
 def test_what_is_not_understood_gets_one_line(config):

@@ -7,8 +7,10 @@ Input", 2002) over the set of patches: it also finds two that fail only together
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 Say = Callable[[str], None]
@@ -84,23 +86,45 @@ def bisect(
             environ |= {"VEXT": "1", "VEXT_PATCHES": ",".join(subset)}
         else:
             environ["VEXT"] = "0"
-        try:
-            code: object = subprocess.run(
-                command, env=environ, stdin=subprocess.DEVNULL, timeout=timeout
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = f"timeout after {timeout:.0f} s"
-        except OSError as error:
-            raise CannotBisect(f"{command[0]} cannot be started: {error}") from None
-        seen[key] = code != 0
-        outcome = f"fails ({code})" if seen[key] else "passes"
+        how = _run(command, environ, timeout)
+        seen[key] = bool(how)
+        outcome = f"fails ({how})" if how else "passes"
         say(f"run {runs}: {outcome} with {', '.join(subset) or 'no patch'}")
         return seen[key]
 
+    if not names:
+        raise CannotBisect("no patch is on, so there is nothing to search")
     if fails(()):
         raise CannotBisect(
             "the command fails without any patch too: vllm-ext is not the cause"
         )
-    if not names or not fails(names):
+    if not fails(names):
         raise CannotBisect("the command passes with all patches on: nothing to find")
     return Verdict(tuple(minimise(names, fails)), runs)
+
+
+def _run(command: Sequence[str], environ: dict[str, str], timeout: float | None) -> str:
+    """How ``command`` failed; empty where it passed.
+
+    It gets a process group of its own, which is ended with it: engine processes that
+    outlive a run would hold the device, and the next run would fail for that.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what we print ourselves may be read by a program
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise CannotBisect(f"{command[0]} cannot be started: {error}") from None
+    try:
+        code = process.wait(timeout)
+        return f"exit status {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        return f"timeout after {timeout:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

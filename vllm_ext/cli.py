@@ -119,11 +119,18 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
         "bisect", _bisect, "find the patch that makes a command fail: bisect -- CMD"
     )
     added.add_argument(
-        "--timeout", type=float, metavar="S", help="a longer run counts as failed"
+        "--timeout", type=_seconds, metavar="S", help="a longer run counts as failed"
     )
     takes_json(added)
     added.add_argument("command", nargs="+", metavar="CMD")
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def _load(module: str, parser: argparse.ArgumentParser) -> None:
@@ -294,6 +301,8 @@ def _pin(args: argparse.Namespace) -> int:
 
 def _bisect(args: argparse.Namespace) -> int:
     chosen = settings.parse(os.environ, {patch.name: patch.default for patch in SERIES})
+    if chosen.problems:
+        raise UserError("; ".join(chosen.problems))
     verdict = bisect.bisect(
         args.command,
         chosen.patches,
@@ -305,9 +314,14 @@ def _bisect(args: argparse.Namespace) -> int:
     else:
         names = ", ".join(verdict.culprits)
         together = " together" if len(verdict.culprits) > 1 else ""
-        off = ",".join(f"-{name}" for name in verdict.culprits[:1])
+        culprit = verdict.culprits[0]
+        rest = ",".join(name for name in chosen.patches if name != culprit)
+        # What was asked for, less the culprit: a "-" would start from the defaults.
+        off = f"VEXT_PATCHES={rest}" if rest else "VEXT=0"
+        if "VEXT_PATCHES" not in os.environ:
+            off = f"VEXT_PATCHES=-{culprit}"
         print(
             f"{names}{together} make{'' if together else 's'} it fail "
-            f"({verdict.runs} runs); VEXT_PATCHES={off} avoids it"
+            f"({verdict.runs} runs); {off} avoids it"
         )
     return 1

@@ -136,7 +136,7 @@ def _shut_out(chosen: settings.Settings) -> Iterator[str]:
             "install it with pip (a checkout on PYTHONPATH is not enough)"
         )
     plugins = os.environ.get("VLLM_PLUGINS")
-    if plugins is not None and NAME not in plugins.replace(" ", "").split(","):
+    if plugins is not None and NAME not in plugins.split(","):  # vLLM strips nothing
         yield (
             f"VLLM_PLUGINS={plugins!r} keeps vLLM from loading vllm-ext; "
             f"add {NAME} to it or unset it"

@@ -79,9 +79,13 @@ def _configure(
     engine: Engine, series: tuple[Patch, ...], chosen: settings.Settings
 ) -> None:
     engine.strict = chosen.strict
-    if chosen.state_dir:
-        engine.count = True
-        engine.on_change = StateFile(chosen.state_dir, engine).changed
+    state_file = StateFile(chosen.state_dir, engine) if chosen.state_dir else None
+    counts = state_file is not None
+    engine.on_change = state_file.changed if state_file else lambda outcome: None
+    if engine.count != counts:  # what stands already was placed for the other way
+        for patch in series:
+            engine.withhold(patch, "placed again")
+        engine.count = counts
     for patch in series:
         if not chosen.enabled:
             engine.withhold(patch, "VEXT=0")

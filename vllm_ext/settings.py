@@ -87,7 +87,7 @@ def parse(environ: Mapping[str, str], defaults: Mapping[str, bool]) -> Settings:
         enabled=switch("VEXT", True),
         patches=tuple(name for name in defaults if name in wanted),
         strict=switch("VEXT_STRICT", False),
-        state_dir=Path(folder) if folder else None,
+        state_dir=Path(folder).expanduser() if folder else None,
         problems=tuple(problems),
     )
 
@@ -98,7 +98,7 @@ def _choose(text: str, defaults: Mapping[str, bool], problems: list[str]) -> set
     chosen = set() if plain else {name for name, on in defaults.items() if on}
     unknown = []
     for entry in entries:
-        name = entry.lstrip("+-").strip()
+        name = entry[1:].strip() if entry[0] in "+-" else entry
         if name not in defaults:
             unknown.append(name or entry)
         elif entry.startswith("-"):
@@ -152,8 +152,11 @@ def _as_text(value: Any) -> str | None:
         return str(int(value))
     if isinstance(value, str | int):
         return str(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         entries = list(value)
-        if all(isinstance(entry, str) for entry in entries):
+        # None at all cannot be said in the variable, where it means the defaults.
+        if entries and all(isinstance(entry, str) for entry in entries):
             return ",".join(entries)
     return None

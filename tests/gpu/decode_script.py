@@ -7,7 +7,6 @@ Argument: the seed of the workload.
 
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "patches" / "in_engine"))
@@ -41,18 +40,7 @@ def main() -> None:
         jit_monitor_mode="error",
     )
     answers = workload.run(llm, workload.requests(int(sys.argv[1]), 48))
-    from vllm_ext import plugin
-
-    used = plugin.engine.outcomes if plugin.engine else {}
-    report(
-        {
-            "answers": {name: asdict(answer) for name, answer in answers.items()},
-            "patches": {
-                name: [outcome.state, sum(outcome.calls.values()), dict(outcome.aside)]
-                for name, outcome in used.items()
-            },
-        }
-    )
+    report(workload.findings(answers))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def test_same_answers(seed: str, tmp_path: Path):
         seed,
         timeout=550,
     )
-    states = {name: patched["patches"][name][0] for name in V2}
-    assert set(states.values()) == {"in use"}, states
     assert patched["answers"] == stock["answers"]
+    for name in V2 - {"late_metadata"}:  # that one leaves FlashAttention 3 to stock
+        state, calls, aside = patched["patches"][name]
+        assert state == "in use"
+        assert calls > sum(aside.values()), aside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -199,12 +200,14 @@ def test_a_forked_child_counts_its_own_calls(toy: Toy):
     assert outcome.calls == {"toy.ops:scale": 1}
 
 
-def test_steps_left_to_stock_are_counted_by_reason(toy: Toy):
+def test_steps_left_to_stock_are_counted_by_reason(toy: Toy, caplog):
     outcome = toy.engine(patch_of(SCALE)).offer(patch_of(SCALE))
     step_aside("demo", "LoRA")
     step_aside("demo", "LoRA")
     step_aside("no such patch", "LoRA")
     assert outcome.aside == {"LoRA": 2}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["vllm-ext: demo leaves steps to stock code: LoRA"]
 
 
 @pytest.mark.parametrize("count", [False, True])
@@ -302,6 +305,55 @@ def test_a_replacement_by_the_package_itself_is_respected(toy: Toy):
     assert toy.load("toy.ops").scale is theirs
     assert outcome.state == "skipped"
     assert "platform.py" in outcome.reason
+
+
+def test_a_neighbour_that_somebody_replaced_stops_it(toy: Toy):
+    """What the replacement relies on has to be what was compared, too."""
+    patch = patch_of(SCALE, relies_on=("toy.runner:step",))
+    runner = toy.load("toy.runner")
+    toy.load("foreign").patch(runner, "step")
+    outcome = toy.engine(patch).offer(patch)
+    assert outcome.state == "skipped"
+    assert outcome.reason.startswith("toy.runner:step was already replaced")
+    assert toy.load("toy.ops").scale.__module__ == "toy.ops"
+
+
+def test_a_neighbour_whose_import_still_runs_is_no_obstacle(toy: Toy):
+    patch = patch_of(SCALE, relies_on=("toy.runner:step",))
+    outcome = toy.engine(patch).offer(patch)
+    toy.load("toy.runner")  # imports toy.ops, and defines step after that
+    assert outcome.state == "applied"
+
+
+class Callable:
+    def __call__(self, x):
+        return 2 * x
+
+
+def executed():
+    space: dict = {}
+    exec("def scale(x):\n    return 2 * x", space)
+    return space["scale"]
+
+
+@pytest.mark.parametrize(
+    "theirs", [functools.partial(int), Callable(), executed(), len, Callable]
+)
+def test_what_is_no_function_of_that_file_is_respected(toy: Toy, theirs):
+    ops = toy.load("toy.ops")
+    ops.scale = theirs
+    outcome = toy.engine(patch_of(SCALE)).offer(patch_of(SCALE))
+    assert ops.scale is theirs
+    assert outcome.state == "skipped"
+    assert "already replaced" in outcome.reason
+
+
+def test_what_was_read_is_dropped_when_all_is_settled(toy: Toy):
+    engine = toy.engine(patch_of(SCALE))
+    toy.load("toy.ops")
+    engine.offer(patch_of(SCALE))
+    assert engine.source._trees == {}
+    assert engine.source._texts == {}
 
 
 def test_another_plugins_method_in_a_class_is_respected(toy: Toy):

@@ -143,6 +143,30 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         digest(tmp_path, "def scale(:")
 
 
+def test_damaged_files_are_one_line(tmp_path):
+    source = source_of(tmp_path / "tree", STOCK)
+    (tmp_path / "tree" / "toy" / "ops.py").write_bytes(b"\xff\xfe")
+    with pytest.raises(SourceError, match="damaged"):
+        fingerprint(Source(tmp_path / "tree", "toy"), "toy.ops:scale")
+    wheel = tmp_path / "toy.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("toy/__init__.py", "")
+        archive.writestr("toy/ops.py", STOCK)
+    data = wheel.read_bytes()
+    wheel.write_bytes(data.replace(b"return x * by", b"return y * by", 1))
+    with pytest.raises(SourceError, match="damaged"):
+        fingerprint(Source(wheel, "toy"), "toy.ops:scale")
+    assert source.version == "1.2.0"
+
+
+def test_the_installed_version_is_named_where_several_fit(tmp_path):
+    source = source_of(tmp_path, STOCK)  # 1.2.0
+    scale = "toy.ops:scale"
+    digest = fingerprint(source, scale)
+    known = {scale: {"1.2.0": digest, "1.3.0": digest}}
+    assert fit(source, (scale,), known).version == "1.2.0"
+
+
 def test_all_watched_code_must_be_of_one_version(tmp_path):
     source = source_of(tmp_path, STOCK)
     scale, sample = "toy.ops:scale", "toy.ops:Sampler.sample"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
+import time
 
 import pytest
 from toypackage import Toy
@@ -79,3 +81,40 @@ def test_a_module_that_does_not_exist_fails_as_ever(toy: Toy):
         importlib.import_module("toy.nowhere")
     _waiting.pop("toy.nowhere")
     assert "toy.nowhere" not in sys.modules
+
+
+def test_a_finder_that_asks_everybody_too_is_no_endless_loop(toy: Toy, monkeypatch):
+    class Curious:
+        def find_spec(self, name, path=None, target=None):
+            for finder in sys.meta_path:
+                if finder is not self:
+                    spec = finder.find_spec(name, path, target)
+                    if spec is not None:
+                        return spec
+            return None
+
+    seen = []
+    on_import("toy.ops", seen.append)
+    monkeypatch.setattr(sys, "meta_path", [Curious(), *sys.meta_path])
+    toy.load("toy.ops")
+    assert len(seen) == 1
+
+
+def test_an_import_in_another_thread_is_waited_for(toy: Toy):
+    toy.write(
+        "toy/slow.py",
+        """
+        import time
+        started = True
+        time.sleep(0.3)
+        done = True
+        """,
+    )
+    thread = threading.Thread(target=toy.load, args=("toy.slow",))
+    thread.start()
+    while not hasattr(sys.modules.get("toy.slow"), "started"):
+        time.sleep(0.001)
+    seen = []
+    on_import("toy.slow", lambda module: seen.append(module.done))
+    thread.join()
+    assert seen == [True]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from vllm_ext.patching.declare import Edit, Patch
@@ -90,8 +90,11 @@ _aside: dict[str, Counter[str]] = {}
 def step_aside(name: str, reason: str) -> None:
     """Count one step that the patch ``name`` left to stock code, and why."""
     counter = _aside.get(name)
-    if counter is not None:
-        counter[reason] += 1
+    if counter is None:
+        return
+    if reason not in counter:
+        log.info("vllm-ext: %s leaves steps to stock code: %s", name, reason)
+    counter[reason] += 1
 
 
 class Engine:
@@ -188,6 +191,9 @@ class Engine:
                 self._settle(outcome, FAILED, f"{type(error).__name__}: {error}")
             else:
                 self._settle(outcome, APPLIED)
+            finally:
+                if all(each.state != WAITING for each in self.outcomes.values()):
+                    self.source.forget()
 
     def _settle(self, outcome: Outcome, state: str, reason: str = "") -> None:
         outcome.state, outcome.reason = state, reason
@@ -214,12 +220,18 @@ class Engine:
         if found.version is None:
             raise Refused("; ".join(found.problems))
         outcome.version = found.version
+        for target in outcome.patch.relies_on:
+            module = sys.modules.get(target.partition(":")[0])
+            if module is None or getattr(module.__spec__, "_initializing", False):
+                continue  # nobody can have replaced it yet
+            self._refuse_foreign(target, resolve(module, target)[2], stacks=True)
 
     def _apply(self, outcome: Outcome) -> None:
         for edit in outcome.patch.edits:
             module = sys.modules[edit.module]
             holder, name, original = resolve(module, edit.target)
-            self._refuse_foreign(edit, original)
+            stacks = edit.how in ("wrap", "subclass")
+            self._refuse_foreign(edit.target, original, stacks)
             by_module, _, by_name = edit.by.partition(":")
             by = getattr(importlib.import_module(by_module), by_name)
             place = _FORMS[edit.how]
@@ -427,25 +439,35 @@ class Engine:
             setattr(module, dotted.rpartition(".")[2], new)
         return len(holders)
 
-    def _refuse_foreign(self, edit: Edit, original: Any) -> None:
+    def _refuse_foreign(self, target: str, original: Any, stacks: bool) -> None:
+        """Raise ``Refused`` unless ``original`` is the code that was compared.
+
+        Args:
+            stacks: Whether a replacement of ours may stand there already.
+        """
         for outcome in self.outcomes.values():
             for placed in outcome.placed:
                 if any(original is ours for ours in placed.ours):
-                    if edit.how in ("wrap", "subclass"):  # these stack
+                    if stacks:
                         return
                     raise Refused(
-                        f"{edit.target} is already replaced by {outcome.patch.name}"
+                        f"{target} is already replaced by {outcome.patch.name}"
                     )
-        found = find(self.source, edit.target)
+        found = find(self.source, target)
+        if found is None:
+            raise Refused(f"{target} is gone")
         # What was compared with the record is the text in this file, so a function
         # from another one, be it of the package itself, was not.
-        allowed = [Path(str(sys.modules[edit.module].__file__))]
-        if found and (found.decorated or inspect.isclass(original)):
+        allowed = [Path(str(sys.modules[target.partition(":")[0]].__file__))]
+        if found.decorated or inspect.isclass(original):
             # Upstream's own decorators, and those of its methods, live elsewhere.
             allowed = [self.source.path / self.source.package, *_decorator_homes()]
+        elif type(_unbound(original)) is not FunctionType:
+            kind = type(original).__name__
+            raise Refused(f"{target} was already replaced by a {kind}")
         for file in _code_files(original):
             if not any(Path(file).is_relative_to(home) for home in allowed):
-                raise Refused(f"{edit.target} was already replaced from {file}")
+                raise Refused(f"{target} was already replaced from {file}")
 
 
 _FORMS: dict[str, Callable[[Engine, Outcome, Edit, Placed, Any], None]] = {
@@ -500,20 +522,25 @@ def _decorator_homes() -> tuple[Path, ...]:
     return tuple(homes)
 
 
+def _unbound(thing: Any) -> Any:
+    """The function in a descriptor; anything else as it is."""
+    if isinstance(thing, staticmethod | classmethod):
+        return thing.__func__
+    return thing.fget if isinstance(thing, property) else thing
+
+
 def _code_files(thing: Any) -> Iterator[str]:
     """Files of the code behind ``thing``; nothing where it has no Python code."""
-    if isinstance(thing, staticmethod | classmethod):
-        thing = thing.__func__
-    if isinstance(thing, property):
-        thing = thing.fget
+    thing = _unbound(thing)
     if inspect.isclass(thing):
         file = getattr(sys.modules.get(thing.__module__), "__file__", None)
         if file:
             yield file
         for value in vars(thing).values():
-            if inspect.isfunction(value):
+            # A dataclass's own methods are made of text, in no file.
+            if inspect.isfunction(value) and value.__code__.co_filename[0] != "<":
                 yield from _code_files(value)
         return
     code = getattr(getattr(thing, "fn", thing), "__code__", None)
-    if code is not None and not code.co_filename.startswith("<"):
+    if code is not None:
         yield code.co_filename

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,13 +60,15 @@ class Source:
             raise SourceError(f"{self.path} holds no `{self.package}`") from None
 
     def _read(self, name: str) -> str | None:
-        if self._wheel is None:
-            path = self.path / name
-            return path.read_text("utf-8") if path.is_file() else None
         try:
+            if self._wheel is None:
+                path = self.path / name
+                return path.read_text("utf-8") if path.is_file() else None
             return self._wheel.read(name).decode("utf-8")
         except KeyError:
             return None
+        except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
+            raise SourceError(f"{name} in {self.path} is damaged: {error}") from None
 
     def text(self, module: str) -> str | None:
         """Source text of ``module``, or ``None`` where there is no such file."""
@@ -90,6 +93,11 @@ class Source:
                     f"{module} in {self.path} does not parse: {error}"
                 ) from None
         return self._trees[module]
+
+    def forget(self) -> None:
+        """Drop what was read and parsed; it is read again if asked for."""
+        self._texts.clear()
+        self._trees.clear()
 
     def modules(self) -> Iterator[str]:
         """Every module of the package that is a Python file."""
@@ -242,7 +250,8 @@ def fit(source: Source, watched: tuple[str, ...], known: Known) -> Fit:
     ]
     common = set.intersection(*versions) if versions else set()
     if common:
-        return Fit(max(common, key=version_key))
+        installed = source.version
+        return Fit(installed if installed in common else max(common, key=version_key))
     problems, changed = [], []
     for (target, have), labels in zip(found.items(), versions, strict=True):
         if labels:

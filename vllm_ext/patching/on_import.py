@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -40,23 +41,30 @@ class _NotifyingLoader(Loader):
 class _Finder(MetaPathFinder):
     """Finds what the others find, and gives it the notifying loader."""
 
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
     def find_spec(
         self,
         fullname: str,
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname not in _waiting:
+        if fullname not in _waiting or fullname in self._asking:
             return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _NotifyingLoader(spec.loader)
-                return spec
-        return None
+        self._asking.add(fullname)  # another finder may ask everybody, as we do
+        try:
+            for finder in sys.meta_path:
+                if finder is self or not hasattr(finder, "find_spec"):
+                    continue
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _NotifyingLoader(spec.loader)
+                    return spec
+            return None
+        finally:
+            self._asking.discard(fullname)
 
 
 _finder = _Finder()
@@ -65,10 +73,12 @@ _finder = _Finder()
 def on_import(module: str, callback: Callback) -> None:
     """Run ``callback(module)`` now if ``module`` is imported, else as soon as it is.
 
-    What ``callback`` raises reaches whoever imports the module.
+    What ``callback`` raises reaches whoever imports the module. An import that runs
+    in another thread is waited for; one that runs in this thread cannot be, and the
+    callback sees the module as far as it is.
     """
     if module in sys.modules:
-        callback(sys.modules[module])
+        callback(importlib.import_module(module))  # returns when the import is over
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import multiprocessing.util
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class StateFile:
         self._states: list[str] = []
         self._written = 0.0
         self._broken = False
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # the parent's may be held for ever
 
     def changed(self, outcome: Outcome) -> None:
         """Write now if a state changed, else at most twice a second."""
@@ -74,9 +80,10 @@ class StateFile:
         path = self.folder / f"{self._pid}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".new")
-            scratch.write_text(json.dumps(snapshot(self.engine), indent=1) + "\n")
-            scratch.replace(path)
+            with self._lock:  # calls come from any thread
+                scratch = path.with_suffix(".new")
+                scratch.write_text(json.dumps(snapshot(self.engine), indent=1) + "\n")
+                scratch.replace(path)
         except OSError as error:
             self._broken = True
             log.warning("vllm-ext: VEXT_STATE_DIR cannot be written: %s", error)
