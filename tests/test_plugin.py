@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ext.patching.report import read_states
 from vllm_ext_cpulane.environment import lane_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,3 +245,15 @@ def test_the_environment_wins_over_additional_config():
     assert configure(OFF, VEXT_PATCHES="clean_sampler_writes") == [
         ["applied", "", "clean_sampler_writes"]
     ]
+
+
+def test_counting_can_begin_and_end_with_an_engine(tmp_path):
+    """What was applied before is placed again, so that its calls are counted."""
+    folder = {"vllm_ext": {"state_dir": str(tmp_path)}}
+    assert [state for state, _, _ in configure({}, folder, {})] == ["applied"] * 3
+    (path,) = tmp_path.glob("*.json")
+    states = {
+        each["name"]: each["state"] for each in read_states(tmp_path)[0]["patches"]
+    }
+    assert states["clean_sampler_writes"] == "applied"
+    assert path.stem.isdigit()
