@@ -15,6 +15,7 @@ import os
 import sys
 import sysconfig
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -334,17 +335,19 @@ class Engine:
 
         def unregister() -> None:
             dispatcher._registry.pop(name, None)
-            # It moves copies in every module, also in those that are not its own.
-            for module in list(sys.modules.values()):
-                for attribute, value in list(getattr(module, "__dict__", {}).items()):
-                    if value is wrapper:
-                        setattr(module, attribute, placed.original)
-                        continue
-                    # Warm-up objects hold the kernel, and names read from it.
-                    with suppress(TypeError):
-                        if vars(value).get("kernel") is wrapper:
-                            value.kernel = placed.original
-                            vars(value).pop("_kernel_arg_names", None)
+            # It moves copies in every module, also in those that are not its own,
+            # and some warn when they are looked at.
+            with warnings.catch_warnings(action="ignore"):
+                for module in list(sys.modules.values()):
+                    for key, value in list(getattr(module, "__dict__", {}).items()):
+                        if value is wrapper:
+                            setattr(module, key, placed.original)
+                            continue
+                        # Warm-up objects hold the kernel, and names read from it.
+                        with suppress(TypeError):
+                            if vars(value).get("kernel") is wrapper:
+                                value.kernel = placed.original
+                                vars(value).pop("_kernel_arg_names", None)
 
         placed.undo.append(unregister)
 
