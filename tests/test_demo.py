@@ -238,3 +238,24 @@ def test_an_engine_that_dies_shows_its_last_lines(monkeypatch, capsys, tmp_path)
     error = capsys.readouterr().err
     assert "stock engine ended with status 1" in error
     assert "no vllm today" in error
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "state", "well"),
+    [
+        (0, 0, "in use", True),
+        (0, 0, "off", True),
+        (1, 0, "in use", False),
+        (0, 1, "in use", False),
+        (0, 0, "failed", False),
+        (0, 0, "skipped", False),
+    ],
+)
+def test_a_difference_or_a_patch_that_did_not_apply_is_exit_1(
+    tokens, logprobs, state, well
+):
+    result = {
+        "tokens": {"different": tokens, "logprobs_different": logprobs},
+        "patches": [{"state": state}],
+    }
+    assert demo.all_is_well(result) is well

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare tokens, measure, print, write; 1 if a token differs."""
+    """Compare tokens, measure, print, write; 1 if something is not as it should be."""
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -82,7 +82,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-ext: {error}", file=sys.stderr)
         return 1
     print(screen(result))
-    return 1 if result["tokens"]["different"] else 0
+    return 0 if all_is_well(result) else 1
+
+
+def all_is_well(result: dict[str, Any]) -> bool:
+    """Whether nothing differs and every patch that was asked for could be applied."""
+    tokens = result["tokens"]
+    states = {patch["state"] for patch in result["patches"]}
+    return not (
+        tokens["different"]
+        or tokens["logprobs_different"]
+        or states & {"failed", "skipped"}
+    )
 
 
 def show(
