@@ -3,6 +3,7 @@
 from vllm_ext.patching.declare import Edit, Patch
 
 _SAMPLER = "vllm.v1.worker.gpu.sample.sampler:Sampler"
+_BUFFERS = "vllm.v1.worker.gpu.buffer_utils"
 _BY = "vllm_ext.patches.clean_sampler_writes.replacement"
 
 PATCH = Patch(
@@ -30,9 +31,18 @@ PATCH = Patch(
         "vllm.v1.worker.gpu.sample.thinking_budget:ThinkingBudgetState",
         "vllm.v1.worker.gpu.sample.logprob:LogprobTokenIdsState",
         "vllm.v1.worker.gpu.sample.trace_replay:TraceReplayState",
+        f"{_BUFFERS}:StagedWriteTensor.apply_write",
+        # Who calls the two, and the sampler that adds a copy of its own to each.
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
+        "vllm.v1.watermarking.gpu_sampler:GPUWatermarkSampler",
         # Which parameter buffer may be overwritten while a step still reads it.
-        "vllm.v1.worker.gpu.buffer_utils:UvaBufferPool.copy_to_uva",
-        "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor.copy_to_uva",
+        f"{_BUFFERS}:set_default_max_concurrency",
+        f"{_BUFFERS}:UvaBufferPool.__init__",
+        f"{_BUFFERS}:UvaBufferPool.copy_to_uva",
+        f"{_BUFFERS}:UvaBackedTensor.copy_to_uva",
+        f"{_BUFFERS}:NonUvaBuffer.uva",
     ),
+    # A vLLM sampler too; it may be what imports the module of the edits.
+    after=("vllm.v1.watermarking.gpu_sampler",),
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -12,6 +12,7 @@ left d - 1 copies ago, and d - 1 copies now span at least as many steps.
 from collections.abc import Callable
 from typing import Any
 
+from vllm.v1.watermarking.gpu_sampler import GPUWatermarkSampler
 from vllm.v1.worker.gpu.sample.bad_words import BadWordsState
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
@@ -20,6 +21,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm_ext.patching.engine import step_aside
 
 NAME = "clean_sampler_writes"
+OWN_SAMPLERS = (Sampler, GPUWatermarkSampler)
 OWN_PROCESSORS = (LogitBiasState, PenaltiesState, BadWordsState)
 
 # The applications of the patch; a sampler that was clean under one says nothing to
@@ -44,7 +46,11 @@ def skip_when_clean(original: Callable[..., None]) -> Callable[..., None]:
     mark = _clean_mark = object()
 
     def apply_staged_writes(self: Sampler) -> None:
-        if tuple(map(type, self.logits_processors)) != OWN_PROCESSORS:
+        if type(self) not in OWN_SAMPLERS:
+            # One derived from it may write parameters of its own between two steps.
+            step_aside(NAME, "sampler of the model's own")
+            original(self)
+        elif tuple(map(type, self.logits_processors)) != OWN_PROCESSORS:
             # A processor of the user's is promised this call before every step.
             step_aside(NAME, "custom logits processor")
             original(self)

@@ -34,11 +34,20 @@ PATCH = Patch(
         # What the counts depend on.
         f"{_GPU}.input_batch:_get_num_sampled_and_rejected_kernel",
         f"{_GPU}.model_runner:GPUModelRunner.gather_batch_req_state",
+        f"{_GPU}.input_batch:InputBatch.make_dummy",
         # Who reads them, and that nobody writes into them.
         f"{_GPU}.async_utils:AsyncOutput.__init__",
         f"{_GPU}.model_runner:GPUModelRunner.sample_tokens",
         f"{_GPU}.model_runner:GPUModelRunner.postprocess_sampled",
         f"{_GPU}.input_batch:_post_update_kernel",
+        f"{_GPU}.pp_utils:PPHandler.broadcast",
+        f"{_GPU}.sample.batch_shard:gather_sampler_output",
+        f"{_GPU}.sample.batch_shard:_pack_sampler_output_kernel",
+        f"{_GPU}.sample.output:SamplingMaskTensors.from_logits",
+        f"{_GPU}.sample.output:_compact_sampling_mask_kernel",
+        f"{_GPU}.model_states.mamba_hybrid:MambaHybridModelState.postprocess_state",
+        f"{_GPU}.model_states.mamba_hybrid:_scatter_num_accepted_kernel",
+        f"{_GPU}.model_states.recoverssm:RecoverSSMState.commit_step",
     ),
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -25,11 +25,19 @@ PATCH = Patch(
         ),
     ),
     relies_on=(
-        # The only reader of logits_indices below sample(), and what it does with
-        # the two views.
+        # The only reader of logits_indices below sample(); these get the batch too.
         f"{_GPU}.sample.sampler:Sampler.__call__",
+        f"{_GPU}.structured_outputs:StructuredOutputsWorker.apply_grammar_bitmask",
+        f"{_GPU}.structured_outputs:grammar_invalid_drafts",
+        # Who is handed the two views: none keeps them or writes into them.
         f"{_GPU}.sample.sampler:Sampler.sample",
+        f"{_GPU}.sample.sampler:Sampler._sample_random",
         f"{_GPU}.sample.sampler:Sampler.apply_sampling_params",
+        f"{_GPU}.sample.logit_bias:LogitBiasState",
+        f"{_GPU}.sample.penalties:PenaltiesState",
+        f"{_GPU}.sample.bad_words:BadWordsState",
+        f"{_GPU}.sample.thinking_budget:ThinkingBudgetState.apply",
+        "vllm.v1.watermarking.gpu_sampler:GPUWatermarkSampler",
         # logits_indices: the last token of each request.
         f"{_GPU}.input_batch:_combine_sampled_and_draft_tokens_kernel",
     ),

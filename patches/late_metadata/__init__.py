@@ -28,7 +28,10 @@ PATCH = Patch(
         ),
     ),
     relies_on=(
-        # That building does nothing on the device.
+        # That building does nothing on the device, which depends on aot_schedule,
+        # dcp_world_size and rswa_window: all set when the builder is made.
+        f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder.__init__",
+        f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder.__init__",
         f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder.build",
         f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder.build",
         f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder._get_scheduler_metadata",

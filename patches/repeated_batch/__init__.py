@@ -38,9 +38,17 @@ PATCH = Patch(
     relies_on=(
         # The fields, and what they hold.
         f"{_GPU}.input_batch:InputBatch",
+        f"{_GPU}.input_batch:InputBuffers",
         f"{_GPU}.input_batch:prepare_pos_seq_lens",
+        f"{_GPU}.input_batch:_prepare_pos_seq_lens_kernel",
         f"{_GPU}.input_batch:combine_sampled_and_draft_tokens",
+        f"{_GPU}.input_batch:_combine_sampled_and_draft_tokens_kernel",
         f"{_GPU}.model_runner:GPUModelRunner.gather_batch_req_state",
+        # That a request which is given a slot comes as a prefill, and where the host
+        # keeps how far it is.
+        f"{_GPU}.model_runner:GPUModelRunner.add_requests",
+        f"{_GPU}.model_runner:GPUModelRunner.update_requests",
+        f"{_GPU}.states:RequestState.add_request",
         # Who else writes the input buffers, or the batch.
         f"{_GPU}.model_runner:GPUModelRunner.execute_model",
         f"{_GPU}.cudagraph_utils:prepare_inputs_to_capture",

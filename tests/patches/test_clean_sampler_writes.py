@@ -31,3 +31,8 @@ def test_steps_without_a_new_request_copy_nothing(found):
 def test_a_processor_of_the_user_is_called_every_step(found):
     assert found["own processor"] == 3
     assert found["aside"] == {"custom logits processor": 3}
+
+
+def test_a_sampler_derived_from_vllms_flushes_every_step(found):
+    """It may write parameters of its own; what is checked is in ``wrong`` above."""
+    assert found["derived aside"] == {"sampler of the model's own": 3}

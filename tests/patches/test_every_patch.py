@@ -12,7 +12,6 @@ from vllm_ext.patches import FINGERPRINTS, SERIES
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.fingerprint import Source, find, fit, read_known
 from vllm_ext_cpulane.engine import run_script
-from vllm_ext_cpulane.environment import lane_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 each_patch = pytest.mark.parametrize("patch", SERIES, ids=lambda patch: patch.name)
@@ -25,9 +24,9 @@ def newest() -> Source:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found(lane: dict[str, str]) -> dict:
     script = Path(__file__).parent / "in_engine" / "every_patch.py"
-    return run_script(script, {**lane_environment("interpret"), "VEXT": "0"})
+    return run_script(script, {**lane, "VEXT": "0"})
 
 
 @each_patch
@@ -84,6 +83,10 @@ def test_applies_and_reverts_object_for_object(patch: Patch, found: dict):
     assert found[patch.name]["state"] == "applied"
     assert all(found[patch.name]["replaced"])
     assert all(found[patch.name]["reverted"])
+
+
+def test_it_ran_on_the_vllm_it_says(found: dict, lane: dict[str, str]):
+    assert "PYTHONPATH" not in lane or found["vllm"] == "0.33.0"
 
 
 def test_nothing_is_pinned_that_no_patch_watches():

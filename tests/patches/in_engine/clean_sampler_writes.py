@@ -99,6 +99,24 @@ with applied(PATCH) as outcome:
     sampler.apply_staged_writes()
     found["skipped when clean"] = flush.call_count == clean
 
+    # A sampler derived from vLLM's, which sets a parameter before it flushes.
+    class Derived(Sampler):
+        def apply_staged_writes(self):
+            self.sampling_states.temperature.np[0] += 0.25
+            super().apply_staged_writes()
+
+    aside = dict(outcome.aside)
+    sampler.__class__ = Derived
+    for step in range(3):
+        sampler.apply_staged_writes()
+        check_device(f"step {step} of a derived sampler")
+    sampler.__class__ = Sampler
+    found["derived aside"] = {
+        reason: count - aside.get(reason, 0)
+        for reason, count in outcome.aside.items()
+        if count != aside.get(reason)
+    }
+
 sampler.add_request(3, SamplingParams(temperature=0.4))  # under stock
 with applied(PATCH):
     sampler.apply_staged_writes()

@@ -56,4 +56,7 @@ def examine(patch):
     }
 
 
-report({patch.name: examine(patch) for patch in SERIES})
+report(
+    {"vllm": Source(package_folder(), PACKAGE).version}
+    | {patch.name: examine(patch) for patch in SERIES}
+)

@@ -6,22 +6,23 @@ Arguments: the case, and the seed of its workload.
 import json
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
+import vllm
 import workload
 
+from vllm_ext import gpupath
 from vllm_ext_cpulane.engine import report, tiny_engine
 
 CASES = {
-    "plain": ({"enable_prefix_caching": False}, {}),
-    "async scheduling": ({"async_scheduling": True, "dtype": "float32"}, {}),
+    "plain": ({"async_scheduling": False}, {}),
+    "async scheduling": ({"dtype": "float32"}, {}),
     "preemption": (
         {"max_model_len": 128, "block_size": 32, "num_gpu_blocks_override": 10},
         {"longest": 60},
     ),
     "prefix caching": (
-        {"enable_prefix_caching": True, "block_size": 32, "async_scheduling": True},
+        {"enable_prefix_caching": True, "block_size": 32},
         {"shared_prefixes": True},
     ),
     "chunked prefill": (
@@ -41,6 +42,11 @@ CASES = {
     ),
     "lora": ({"enable_lora": True, "max_lora_rank": 8}, {"lora": True}),
 }
+
+
+# Decoded as on CUDA: asynchronous scheduling, and FULL graphs, whose replay runs the
+# captured forward pass again. vLLM's CPU platform has neither.
+ON_GPU_PATH = ("async scheduling", "prefix caching")
 
 
 def adapter():
@@ -70,25 +76,42 @@ def adapter():
     return LoRARequest("random", 1, str(folder))
 
 
+def count_preemptions(llm):
+    """A list that gets the id of each request that is preempted from now on."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    stock, seen = scheduler._preempt_request, []
+
+    def preempt(request, *args, **kwargs):
+        seen.append(request.request_id)
+        return stock(request, *args, **kwargs)
+
+    scheduler._preempt_request = preempt
+    return seen
+
+
 def main() -> None:
     case, seed = sys.argv[1], int(sys.argv[2])
     options, kind = CASES[case]
+    if case in ON_GPU_PATH:
+        gpupath.enable([1, 2, 4, 8])
     llm = tiny_engine(**({"enable_prefix_caching": False} | options))
+    graphs = {"replays": 0}
+    if case in ON_GPU_PATH:
+        graphs = gpupath.graphs_that_replay(workload.model_runner(llm))
+    preempted = count_preemptions(llm)
     answers = workload.run(
         llm,
         workload.requests(seed, 24, **kind),
         adapter=adapter() if kind.get("lora") else None,
     )
-    from vllm_ext import plugin
-
-    used = plugin.engine.outcomes if plugin.engine else {}
+    config = llm.llm_engine.vllm_config.scheduler_config
     report(
         {
-            "answers": {name: asdict(answer) for name, answer in answers.items()},
-            "patches": {
-                name: [outcome.state, sum(outcome.calls.values()), dict(outcome.aside)]
-                for name, outcome in used.items()
-            },
+            **workload.findings(answers),
+            "vllm": vllm.__version__,
+            "preempted": len(preempted),
+            "async": config.async_scheduling,
+            **graphs,
         }
     )
 

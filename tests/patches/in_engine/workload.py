@@ -6,7 +6,7 @@ the engine does.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -151,3 +151,17 @@ def run(
         step += 1
         assert step < 1000, "the workload does not end"
     return answers
+
+
+def findings(answers: dict[str, Answer]) -> dict[str, Any]:
+    """The answers, and state, calls and steps aside per patch: ready for JSON."""
+    from vllm_ext import plugin
+
+    used = plugin.engine.outcomes if plugin.engine else {}
+    return {
+        "answers": {name: asdict(answer) for name, answer in answers.items()},
+        "patches": {
+            name: [outcome.state, sum(outcome.calls.values()), dict(outcome.aside)]
+            for name, outcome in used.items()
+        },
+    }
