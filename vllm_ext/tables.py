@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_ext import demo, settings
 from vllm_ext.patches import SERIES
@@ -88,17 +89,43 @@ def variables() -> str:
     )
 
 
+def _newest(kind: str) -> tuple[dict[str, Any], str]:
+    """The newest kept result of a kind, and a line that links its file."""
+    path = sorted(RESULTS.glob(f"*_{kind}.json"))[-1]
+    link = path.relative_to(ROOT).as_posix()
+    return json.loads(path.read_text()), f"Result file: [{path.name}]({link}).\n"
+
+
 def demo_screen() -> str:
     """What the newest kept result of `make demo` showed: for README.md."""
-    path = sorted(RESULTS.glob("*_demo.json"))[-1]
-    result = json.loads(path.read_text())
-    link = path.relative_to(ROOT).as_posix()
-    return f"```\n$ make demo\n{demo.screen(result)}\n```\n\n([{link}]({link}))\n"
+    result, link = _newest("demo")
+    return f"```\n$ make demo\n{demo.screen(result)}\n```\n\n{link}"
+
+
+def host_cost() -> str:
+    """The whole step in the newest kept result of `bench host`: for README.md."""
+    result, link = _newest("host")
+    rows = [
+        (
+            f"{row['batch']}, {row['mode']}",
+            f"{row['stock_us']:.0f}",
+            f"{row['patched_us']:.0f}",
+            f"{row['ratio']:.2f} ({row['ci95'][0]:.2f}-{row['ci95'][1]:.2f})",
+            f"{row['control_ratio']:.2f}",
+            f"{sum(row['submissions_stock'].values())} → "
+            f"{sum(row['submissions_patched'].values())}",
+        )
+        for row in result["rows"]
+        if row["part"] == "step"
+    ]
+    head = ("batch, sampling", "stock us", "patched us", "ratio (95 %)")
+    return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo_screen,
+        "host": host_cost,
         "patches": patches,
         "variables": variables,
     },
