@@ -21,6 +21,9 @@ def test_called_once_right_after_the_body_ran(toy: Toy):
     toy.load("toy.runner")
     toy.load("toy.ops")
     assert seen == ["stock"]
+    del sys.modules["toy.ops"]  # a module of that name comes again: not our business
+    toy.load("toy.ops")
+    assert seen == ["stock"]
 
 
 def test_called_at_once_where_the_module_is_there(toy: Toy):
