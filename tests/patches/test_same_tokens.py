@@ -6,7 +6,7 @@ asynchronously and with FULL graphs, whose replay runs the captured pass again.
 On the newest vLLM, which may fail, only some of the cases; see conftest.py.
 """
 
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,12 @@ ON_NEWEST = ("async scheduling", "preemption", "n-gram drafts")
     ],
     indirect=["lane"],
 )
-def test_same_answers(lane, case):
-    stock = run_script(SCRIPT, lane | {"VEXT": "0"}, case, "11")
-    with tempfile.TemporaryDirectory() as states:  # for calls to be counted
-        patched = run_script(
-            SCRIPT,
-            lane | {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_STATE_DIR": states},
-            *(case, "11"),
+def test_same_answers(lane, case, tmp_path):
+    off = {"VEXT": "0"}
+    on = {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_STATE_DIR": str(tmp_path)}  # counts
+    with ThreadPoolExecutor() as both:
+        stock, patched = both.map(
+            lambda settings: run_script(SCRIPT, lane | settings, case, "11"), (off, on)
         )
     assert stock["vllm"] == patched["vllm"]
     assert "PYTHONPATH" not in lane or patched["vllm"] == "0.33.0"
