@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,23 +178,30 @@ def test_async_engine(tmp_path):
     environ = lane_environment("interpret", in_process=False)
     folder = tmp_path / "states"
     on = {"VEXT": "1", "VEXT_STATE_DIR": str(folder)}
-    patched = run_script(script, {**environ, **on}, str(model))
-    assert patched == run_script(script, {**environ, "VEXT": "0"}, str(model))
+    with ThreadPoolExecutor() as both:
+        stock, patched = both.map(
+            lambda settings: run_script(script, {**environ, **settings}, str(model)),
+            ({"VEXT": "0"}, on),
+        )
+    assert patched == stock
     assert_active(read_states(folder))
 
 
 def test_vllm_serve_answers_an_openai_client(tmp_path):
     from openai import OpenAI
 
-    def ask(**environ: str) -> list[Any]:
+    model = write_model(tmp_path / "model", tokenizer=True)
+
+    def ask(environ: dict[str, str]) -> list[Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        log = (tmp_path / "serve.log").open("w")
+        printed = tmp_path / f"serve-{port}.log"
+        log = printed.open("w")
         server = subprocess.Popen(
             [
                 *(Path(sys.executable).with_name("vllm"), "serve"),
-                str(write_model(tmp_path / "model", tokenizer=True)),
+                str(model),
                 *("--load-format", "dummy", "--served-model-name", "tiny"),
                 *("--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager"),
                 *("--kv-cache-memory-bytes", str(16 * 2**20)),
@@ -212,7 +220,7 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
             url = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + 180
             while True:
-                assert server.poll() is None, (tmp_path / "serve.log").read_text()
+                assert server.poll() is None, printed.read_text()
                 assert time.monotonic() < deadline, "the server did not come up"
                 try:
                     urllib.request.urlopen(f"{url}/health", timeout=1)
@@ -246,8 +254,10 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
             log.close()
 
     folder = tmp_path / "states"
-    patched = ask(VEXT="1", VEXT_STATE_DIR=str(folder))
-    assert patched == ask(VEXT="0")
+    on = {"VEXT": "1", "VEXT_STATE_DIR": str(folder)}
+    with ThreadPoolExecutor() as both:
+        stock, patched = both.map(ask, ({"VEXT": "0"}, on))
+    assert patched == stock
     assert len(patched[0]) == 8
     assert_active(read_states(folder))
 
