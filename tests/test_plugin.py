@@ -162,7 +162,7 @@ STATE = """
     def child(queue):
         from vllm_ext import plugin
         plugin.register()
-        import vllm.v1.worker.gpu.sample.sampler
+        import vllm.v1.watermarking.gpu_sampler
         queue.put({
             name: outcome.state for name, outcome in plugin.engine.outcomes.items()
         })
@@ -209,7 +209,7 @@ CONFIG = """
     os.environ.update(preset)
     from vllm_ext import plugin
     plugin.register()
-    import vllm.v1.worker.gpu.sample.sampler
+    import vllm.v1.watermarking.gpu_sampler
     from vllm.engine.arg_utils import EngineArgs
     from vllm_ext_cpulane.tinymodel import write_model
     model = str(write_model(tempfile.mkdtemp()))
