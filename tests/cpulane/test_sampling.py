@@ -230,5 +230,5 @@ def test_a_choice_is_one_of_its_choices(answers):
 
 @pytest.mark.parametrize("findings", ["installed"], indirect=True)
 def test_a_decode_step_fits_its_budget(findings):
-    """The best of four medians: other processes only ever make it slower."""
+    """Processor time, the best of four medians: others only ever make it longer."""
     assert min(findings["step_milliseconds"]) <= STEP_BUDGET_MS
