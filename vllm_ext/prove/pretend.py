@@ -1,0 +1,850 @@
+"""A pretend device: host and device kept apart, on a machine that has no device.
+
+Its tensors are of device type ``pretend``. Their data lies in ordinary CPU tensors
+that only device operations reach, so code takes its accelerator branches, and every
+crossing between host and device is seen exactly once: `PretendDevice` is the one place
+that intercepts aten operations and interpreted Triton launches, and tells observers
+(the sync detector, the graph emulator) of each as an `Operation`.
+
+    with PretendDevice() as device:
+        device.observers.append(print)
+        x = torch.zeros(4, device=DEVICE)
+        x.sum().item()      # Operation(kind="sync", name="_local_scalar_dense", ...)
+
+A device that ``lags`` runs nothing before the host waits for it: the host is as far
+ahead as code allows, so that a staging buffer written again too early, a result read
+before its event, or a stream that forgot to wait for another gives wrong data here,
+where on a GPU it does so now and then.
+
+Memory: `pin` and ``pin_memory=True`` mark host memory as pinned; `uva_view` gives the
+device's view of pinned memory, as ``cudaHostGetDevicePointer`` does.
+
+Limits: aten operations compute with the CPU's kernels (rounding and random numbers
+are the CPU's); freed memory is never handed out again, so a missing ``record_stream``
+is not seen; Triton kernels run in its interpreter; custom operations count as one
+launch and are not looked into; one device, and one thread that uses it (other threads
+may wait for events).
+
+Source: wrapper tensor plus dispatch mode, as torch's own FakeTensor; the Python
+PrivateUse1 backend is torch's.
+"""
+
+import collections
+import inspect
+import linecache
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = "pretend"
+POISON = 0xFF  # as float NaN, as integer -1
+HOST = torch.device("cpu")
+
+Kind = Literal["launch", "triton", "h2d", "d2h", "sync"]
+
+aten = torch.ops.aten
+
+# Their result's size or value has to be known on the host.
+READS = {
+    **dict.fromkeys((aten._local_scalar_dense, aten.item), "reads a value"),
+    **dict.fromkeys((aten.equal, aten.is_nonzero, aten.allclose), "reads a value"),
+    **dict.fromkeys(
+        (
+            *(aten.nonzero, aten.masked_select, aten.bincount, aten.unique_dim),
+            *(aten._unique, aten._unique2, aten.unique_consecutive),
+        ),
+        "has a result whose size depends on data",
+    ),
+}
+INDEXING = {
+    *(aten.index, aten._unsafe_index),
+    *(aten.index_put, aten.index_put_, aten._index_put_impl_),
+}
+ALLOCATIONS = {
+    *(aten.empty, aten.empty_strided, aten.empty_like),
+    *(aten.new_empty, aten.new_empty_strided),
+}
+# Views by what they do, not by what their schema says.
+VIEWS = {aten._unsafe_view, aten.detach, aten.alias, aten.lift_fresh}
+
+
+@dataclass(frozen=True)
+class Where:
+    """A line of the code that is being looked at: neither torch's nor Triton's."""
+
+    file: str
+    line: int
+    function: str
+
+    @property
+    def text(self) -> str:
+        """The line itself."""
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        name = self.file.rpartition("site-packages/")[2]
+        return f"{name}:{self.line} in {self.function}"
+
+
+NOWHERE = Where("?", 0, "?")
+
+
+@dataclass
+class Operation:
+    """Something that the host asks of the device.
+
+    Attributes:
+        kind: ``launch`` (aten or custom operation), ``triton``, ``h2d``, ``d2h``, or
+            ``sync`` for what does nothing but wait.
+        name: Operation or kernel.
+        where: The line that asked.
+        wait: Why the host has to wait for the device here; empty if it does not.
+        function: ``OpOverload``, or the kernel's Python function.
+        args: As passed, with device tensors as `PretendTensor`.
+        kwargs: Likewise.
+        grid: Of a Triton launch.
+        result: What the operation gave the host, once it was submitted.
+    """
+
+    kind: Kind
+    name: str
+    where: Where
+    wait: str = ""
+    function: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    result: Any = None
+
+    def __str__(self) -> str:
+        waits = f" {self.wait}" if self.wait else ""
+        return f"{self.kind} {self.name}{waits} at {self.where} | {self.where.text}"
+
+
+# -- tensors -----------------------------------------------------------------------
+
+
+class PretendTensor(torch.Tensor):
+    """A tensor of the device. ``data_on_device`` is for instruments, not for the host.
+
+    Args:
+        data: CPU tensor that holds the data; shared, not copied.
+    """
+
+    data_on_device: torch.Tensor
+    host_scalar: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor) -> "PretendTensor":
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            data.size(),
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            device=torch.device(DEVICE, 0),
+        )
+        tensor.data_on_device = data
+        tensor.host_scalar = False  # written by the host's Python number
+        return tensor
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"PretendTensor({tuple(self.shape)}, {self.dtype})"
+
+    def tolist(self) -> Any:
+        current().wait("tolist", "reads a value")
+        return self.data_on_device.tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"can't convert {DEVICE}:0 device type tensor to numpy. "
+            "Use Tensor.cpu() to copy the tensor to host memory first."
+        )
+
+    def data_ptr(self) -> int:
+        return self.data_on_device.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.data_on_device.untyped_storage()
+
+    def is_pinned(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return current().dispatch(function, args, kwargs or {})
+
+
+def on_device(value: Any) -> bool:
+    """Whether ``value`` is a tensor of the pretend device."""
+    return isinstance(value, PretendTensor)
+
+
+def data_of(value: Any) -> Any:
+    """The CPU tensor behind a device tensor; anything else as it is."""
+    return value.data_on_device if isinstance(value, PretendTensor) else value
+
+
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Mark the storage of a host tensor as pinned; returns the tensor."""
+    tensor.untyped_storage().pretend_pinned = True
+    return tensor
+
+
+def is_pinned(tensor: torch.Tensor) -> bool:
+    """Whether a host tensor lies in pinned memory."""
+    return hasattr(tensor.untyped_storage(), "pretend_pinned")
+
+
+def uva_view(tensor: torch.Tensor) -> PretendTensor:
+    """The device's view of pinned host memory; the same bytes.
+
+    Raises:
+        ValueError: The memory is not pinned.
+    """
+    if not is_pinned(tensor):
+        raise ValueError("only pinned host memory has an address on the device")
+    with _disable_current_modes():
+        return PretendTensor(tensor.detach())
+
+
+# -- streams -----------------------------------------------------------------------
+
+
+class _Mark:
+    """A point in a stream; `done` once everything before it has run."""
+
+    def __init__(self, stream: "Stream") -> None:
+        self.stream, self.done = stream, False
+
+
+class Stream:
+    """Stands for ``torch.cuda.Stream``: what was submitted and has not run yet."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.pending: collections.deque[Callable[[], None]] = collections.deque()
+        self.device = torch.device(DEVICE, 0)
+        self.cuda_stream = id(self)
+
+    def submit(self, run: Callable[[], None]) -> None:
+        """Run now; on a device that lags, when somebody waits."""
+        device = current()
+        if device.lags:
+            self.pending.append(run)
+        else:
+            with device.lock:
+                run()
+
+    def advance(self, operations: int | None = None) -> None:
+        """Let the device run the next ``operations``, or all that are pending."""
+        with current().lock:
+            while self.pending and operations != 0:
+                self.pending.popleft()()
+                operations = None if operations is None else operations - 1
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def wait_event(self, event: "Event") -> None:
+        event.wait(self)
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.wait_event(stream.record_event())
+
+    def synchronize(self) -> None:
+        current().report_wait("Stream.synchronize", "waits for a stream")
+        self.advance()
+
+    def query(self) -> bool:
+        return not self.pending
+
+    def __enter__(self) -> "Stream":
+        device = current()
+        self._outer, device.stream = device.stream, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        current().stream = self._outer
+
+
+class Event:
+    """Stands for ``torch.cuda.Event`` and ``torch.Event``; takes no times."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self._mark: _Mark | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        mark = self._mark = _Mark(stream or current().stream)
+        mark.stream.submit(lambda: setattr(mark, "done", True))
+
+    def wait(self, stream: Stream | None = None) -> None:
+        mark = self._mark
+        if mark is not None:
+            (stream or current().stream).submit(lambda: self._finish(mark))
+
+    def synchronize(self) -> None:
+        current().report_wait("Event.synchronize", "waits for an event")
+        if self._mark is not None:
+            self._finish(self._mark)
+
+    def query(self) -> bool:
+        return self._mark is None or self._mark.done
+
+    def elapsed_time(self, end: "Event") -> float:
+        raise NotImplementedError("a pretend device has no clock")
+
+    @staticmethod
+    def _finish(mark: _Mark) -> None:
+        while not mark.done:
+            mark.stream.advance(1)
+
+
+# -- the device --------------------------------------------------------------------
+
+_devices: list["PretendDevice"] = []
+
+
+def current() -> "PretendDevice":
+    """The device that is in use.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    if not _devices:
+        raise RuntimeError("a pretend tensor was used outside of PretendDevice")
+    return _devices[-1]
+
+
+@cache
+def _register() -> None:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend(DEVICE)
+
+
+class Capture:
+    """What takes submissions in place of the device while a graph is captured."""
+
+    def refuse(self, operation: Operation) -> None:
+        """Raise for what cannot be captured."""
+        raise NotImplementedError
+
+    def add(self, operation: Operation, run: Callable[[], None]) -> None:
+        """Keep ``run``, which does the operation's work each time it is called."""
+        raise NotImplementedError
+
+    def allocated(self, data: torch.Tensor) -> None:
+        """Learn of memory that was allocated while capturing."""
+        raise NotImplementedError
+
+
+class PretendDevice(TorchDispatchMode):
+    """The pretend device; in use inside ``with``.
+
+    Args:
+        lags: Run nothing before the host waits for it.
+
+    Attributes:
+        observers: Called with each `Operation` when it is submitted.
+        stream: The current `Stream`.
+        capture: Set while a graph is captured.
+    """
+
+    def __init__(self, *, lags: bool = False) -> None:
+        _register()
+        super().__init__()
+        self.lags = lags
+        self.observers: list[Callable[[Operation], None]] = []
+        self.stream = self.default_stream = Stream()
+        self.capture: Capture | None = None
+        self.lock = threading.RLock()
+        self._streams: list[Stream] = [self.stream]
+        self._undo = ExitStack()
+        self._inside = threading.local()
+
+    def __enter__(self) -> "PretendDevice":
+        _devices.append(self)
+        self._undo.enter_context(_stand_ins(self))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.finish()
+        self._undo.close()
+        _devices.remove(self)
+
+    # -- what the host may do ----------------------------------------------------------
+
+    def new_stream(self, *_: Any, **__: Any) -> Stream:
+        """A stream of this device."""
+        self._streams.append(Stream())
+        return self._streams[-1]
+
+    def finish(self) -> None:
+        """Run all that is pending, without calling it a wait."""
+        for stream in self._streams:
+            stream.advance()
+
+    def synchronize(self, *_: Any, **__: Any) -> None:
+        """``torch.cuda.synchronize``."""
+        self.report_wait("synchronize", "waits for the device")
+        self.finish()
+
+    def wait(self, name: str, why: str) -> None:
+        """The host waits for the current stream."""
+        self.report_wait(name, why)
+        self.stream.advance()
+
+    def report_wait(self, name: str, why: str) -> None:
+        """Tell the observers that the host waits."""
+        self._tell(Operation("sync", name, where(), wait=why))
+
+    def _tell(self, operation: Operation) -> None:
+        if self.capture is not None and operation.wait:
+            self.capture.refuse(operation)
+        for observer in self.observers:
+            observer(operation)
+
+    def submit(self, operation: Operation, run: Callable[[], None]) -> None:
+        """Hand ``run`` to the capture, or to the current stream."""
+        self._tell(operation)
+        if self.capture is not None:
+            self.capture.add(operation, run)
+        else:
+            self.stream.submit(run)
+
+    @property
+    def _deferred(self) -> bool:
+        return self.lags or self.capture is not None
+
+    # -- aten ----------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return self.dispatch(function, args, kwargs or {})
+
+    def dispatch(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Do one aten or custom operation, on whichever side it belongs."""
+        packet = function.overloadpacket
+        flat, _ = tree_flatten((args, kwargs))
+        device_tensors = [each for each in flat if on_device(each)]
+        made_there = _names_device(kwargs.get("device"))
+        if not device_tensors and not made_there:
+            if kwargs.pop("pin_memory", False):
+                return pin(function(*args, **kwargs))
+            return function(*args, **kwargs)
+        if packet is aten._to_copy:
+            return self._convert(function, args[0], kwargs)
+        if packet is aten.copy_:
+            return self._copy(function, *args, **kwargs)
+        if packet in ALLOCATIONS:
+            return self._allocate(function, args, kwargs)
+        if _is_view(function):
+            with _disable_current_modes():
+                views = function(*map_data(args), **map_data(kwargs))
+            return tree_map(_wrapped, views)
+        return self._launch(function, args, kwargs, flat)
+
+    def _convert(self, function: Any, source: Any, kwargs: dict[str, Any]) -> Any:
+        """``_to_copy``: to another device, another dtype, or both."""
+        kwargs = dict(kwargs)
+        target = kwargs.pop("device", None)
+        kwargs.pop("pin_memory", None)
+        eager = bool(kwargs.pop("non_blocking", False))
+        to_device = on_device(source) if target is None else _names_device(target)
+        with _disable_current_modes():
+            made = torch.empty_like(
+                data_of(source),
+                dtype=kwargs.get("dtype"),
+                memory_format=kwargs.get("memory_format") or torch.preserve_format,
+            )
+            made.untyped_storage().fill_(POISON)
+        result = self._born(made) if to_device else pin(made)
+        kind, wait = _crossing(source, result, eager)
+        self._transfer(Operation(kind, "to", where(), wait), function, result, source)
+        return result
+
+    def _copy(
+        self, function: Any, target: Any, source: Any, non_blocking: bool = False
+    ) -> Any:
+        kind, wait = _crossing(source, target, non_blocking)
+        operation = Operation(kind, "copy_", where(), wait)
+        self._transfer(operation, function, target, source)
+        return target
+
+    def _transfer(
+        self, operation: Operation, function: Any, target: Any, source: Any
+    ) -> None:
+        operation.function = function
+        operation.args, operation.result = (target, source), target
+        into, out_of = data_of(target), data_of(source)
+        if operation.kind == "h2d" and not is_pinned(source):
+            with _disable_current_modes():
+                out_of = out_of.clone()  # the driver stages it before it returns
+        self.submit(operation, lambda: _copy_data(into, out_of))
+        if operation.wait:
+            self.stream.advance()
+
+    def _allocate(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = {**kwargs, "device": HOST}
+        kwargs.pop("pin_memory", None)
+        with _disable_current_modes():
+            made = function(*map_data(args), **kwargs)
+        return self._born(made)
+
+    def _born(self, data: torch.Tensor) -> PretendTensor:
+        """A device tensor on fresh memory, which holds rubbish."""
+        with _disable_current_modes():
+            data.untyped_storage().fill_(POISON)
+            if self.capture is not None:
+                self.capture.allocated(data)
+            return PretendTensor(data)
+
+    def _launch(
+        self, function: Any, args: Any, kwargs: dict[str, Any], flat: list[Any]
+    ) -> Any:
+        packet = function.overloadpacket
+        wait = _why_it_waits(packet, args, kwargs)
+        if packet not in INDEXING:
+            _refuse_mixed_devices(function, flat)
+        kind: Kind = "launch"
+        if packet in (aten._local_scalar_dense, aten.item):
+            kind = "d2h"
+        operation = Operation(
+            kind, packet.__name__, where(), wait, function, args, kwargs
+        )
+        on_host = {name: HOST for name in ("device",) if name in kwargs}
+        inner_kwargs = {**map_data(kwargs), **on_host}
+        inner_kwargs.pop("pin_memory", None)
+        inner_args = map_data(args)
+
+        def call() -> Any:
+            with _disable_current_modes():
+                return function(*inner_args, **inner_kwargs)
+
+        if wait or not self._deferred:
+            if wait:
+                self._tell(operation)
+                self.stream.advance()
+                with self.lock:
+                    result = call()
+            else:
+                box: list[Any] = []
+                self.submit(operation, lambda: box.append(call()))
+                [result] = box
+            result = self._wrap_results(function, args, kwargs, result)
+            operation.result = result
+            return result
+        result = self._promise(function, args, kwargs)
+        operation.result = result
+        made = [data_of(each) for each in _fresh(function, result)]
+
+        def run() -> None:
+            with _later():
+                values = _fresh(function, function(*inner_args, **inner_kwargs))
+                for into, value in zip(made, values, strict=True):
+                    into.copy_(value)
+
+        self.submit(operation, run)
+        return result
+
+    def _promise(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The results of an operation that has not run: their shapes, on fresh memory.
+
+        Raises:
+            NotImplementedError: The operation cannot say what it will give.
+        """
+        returns = function._schema.returns
+        if all(each.alias_info for each in returns):
+            return self._wrap_results(function, args, kwargs, None)
+
+        def on_meta(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device="meta"
+                )
+            return value
+
+        with _disable_current_modes():
+            meta_kwargs = tree_map(on_meta, kwargs)
+            if "device" in kwargs:
+                meta_kwargs["device"] = torch.device("meta")
+            meta_kwargs.pop("pin_memory", None)
+            try:
+                shapes = function(*tree_map(on_meta, args), **meta_kwargs)
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    f"{function} cannot be run later: it has no meta kernel"
+                ) from error
+
+        def make(shape: Any) -> Any:
+            if not isinstance(shape, torch.Tensor):
+                return shape
+            with _disable_current_modes():
+                return self._born(
+                    torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
+                )
+
+        return self._wrap_results(function, args, kwargs, tree_map(make, shapes))
+
+    def _wrap_results(
+        self, function: Any, args: Any, kwargs: dict[str, Any], results: Any
+    ) -> Any:
+        """Results as the caller sees them: what was written is the argument itself."""
+        schema = function._schema
+        written = {
+            tuple(argument.alias_info.before_set): _argument(schema, at, args, kwargs)
+            for at, argument in enumerate(schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
+        given = results if len(schema.returns) > 1 else (results,)
+        if results is None:
+            given = (None,) * len(schema.returns)
+        wrapped = []
+        for declared, value in zip(schema.returns, given, strict=False):
+            alias = declared.alias_info
+            if alias is not None and tuple(alias.before_set) in written:
+                value = written[tuple(alias.before_set)]
+            wrapped.append(tree_map(_wrapped, value))
+        if function.overloadpacket is aten.scalar_tensor:
+            wrapped[0].host_scalar = True
+        if not wrapped:
+            return None
+        return wrapped[0] if len(wrapped) == 1 else tuple(wrapped)
+
+    # -- Triton --------------------------------------------------------------------------
+
+    def launch_triton(
+        self, stock: Callable[..., None], executor: Any, args: Any, kwargs: Any
+    ) -> None:
+        """Submit one launch of an interpreted kernel.
+
+        Raises:
+            ValueError: A pointer argument is host memory that is not pinned.
+        """
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and not on_device(value):
+                if not is_pinned(value):
+                    raise ValueError(
+                        "Pointer argument cannot be accessed from Triton "
+                        f"(cpu tensor?) in {executor.fn.__name__}"
+                    )
+        grid = executor.grid
+        if callable(grid):
+            known = {k: v for k, v in kwargs.items() if k in executor.arg_names}
+            grid = grid(inspect.getcallargs(executor.fn, *args, **known))
+        fixed = type(executor)(
+            executor.fn, executor.arg_names, tuple(grid), executor.pre_run_hooks
+        )
+        operation = Operation(
+            **{"kind": "triton", "name": executor.fn.__name__, "where": where()},
+            **{"function": executor.fn, "args": tuple(args), "kwargs": dict(kwargs)},
+            grid=tuple(grid),
+        )
+        inner_args, inner_kwargs = map_data(tuple(args)), map_data(dict(kwargs))
+
+        def run() -> None:
+            with _disable_current_modes():
+                stock(fixed, *inner_args, **inner_kwargs)
+
+        self.submit(operation, run)
+
+
+# -- small questions -----------------------------------------------------------------
+
+
+def map_data(value: Any) -> Any:
+    """``value`` with the CPU tensors behind its device tensors in their place."""
+    return tree_map(data_of, value)
+
+
+@contextmanager
+def _later() -> Iterator[None]:
+    """Work on data when the host may have left the mode in which it asked for it."""
+    with _disable_current_modes(), torch.inference_mode():
+        yield
+
+
+def _copy_data(into: torch.Tensor, out_of: torch.Tensor) -> None:
+    with _later():
+        into.copy_(out_of)
+
+
+def _wrapped(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not on_device(value):
+        return PretendTensor(value)
+    return value
+
+
+def _fresh(function: Any, results: Any) -> list[Any]:
+    """The tensors among ``results`` that are not arguments."""
+    returns = function._schema.returns
+    given = results if len(returns) > 1 else (results,)
+    flat: list[Any] = []
+    for declared, value in zip(returns, given, strict=False):
+        if declared.alias_info is None:
+            flat += [each for each in tree_flatten(value)[0] if _is_tensor(each)]
+    return flat
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _argument(schema: Any, at: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    return args[at] if at < len(args) else kwargs.get(schema.arguments[at].name)
+
+
+def _names_device(device: Any) -> bool:
+    return device is not None and torch.device(device).type == DEVICE
+
+
+def _is_view(function: Any) -> bool:
+    return function.is_view or function.overloadpacket in VIEWS
+
+
+def _crossing(source: Any, target: Any, eager: bool) -> tuple[Kind, str]:
+    """What a copy is, and why the host waits for it."""
+    if on_device(source) and not on_device(target):
+        if not eager:
+            return "d2h", "copies to the host and blocks"
+        return "d2h", "" if is_pinned(target) else "copies to pageable host memory"
+    if on_device(target) and not on_device(source):
+        if not is_pinned(source):
+            return "h2d", "copies from pageable host memory"
+        return "h2d", "" if eager else "copies from the host and blocks"
+    return "launch", ""
+
+
+def _why_it_waits(packet: Any, args: Any, kwargs: dict[str, Any]) -> str:
+    if packet in READS:
+        return READS[packet]
+    if packet is aten.repeat_interleave and kwargs.get("output_size") is None:
+        return "has a result whose size depends on data"
+    if packet in INDEXING:
+        indices = [each for each in args[1] if each is not None]
+        if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
+            # A Python number for a mask is masked_fill on CUDA, and stays on the host.
+            value = args[2] if len(args) > 2 else None
+            if value is None or not getattr(value, "host_scalar", value.dim() == 0):
+                return "has a boolean mask as its index"
+        if any(not on_device(index) for index in indices):
+            return "has an index that lies on the host"
+    return ""
+
+
+def _refuse_mixed_devices(function: Any, flat: Sequence[Any]) -> None:
+    """CUDA's rule: host tensors with at least one dimension do not mix."""
+    if function.namespace == "aten" and any(
+        _is_tensor(each) and not on_device(each) and each.dim() for each in flat
+    ):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two "
+            f"devices, {DEVICE}:0 and cpu! ({function})"
+        )
+
+
+def where() -> Where:
+    """The line that is to blame for what happens now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if not _is_machinery(code.co_filename):
+            return Where(code.co_filename, frame.f_lineno, code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return NOWHERE
+
+
+@cache
+def _is_machinery(file: str) -> bool:
+    return (
+        "/torch/" in file
+        or "/triton/" in file
+        or "/vllm_ext/prove/" in file
+        or "/unittest/mock" in file
+        or file.startswith("<")
+        or file.endswith(
+            ("/contextlib.py", "/functools.py", "/triton_utils/jit_monitor.py")
+        )
+    )
+
+
+# -- stand-ins -------------------------------------------------------------------------
+
+
+@contextmanager
+def _stand_ins(device: PretendDevice) -> Iterator[None]:
+    """Put the device in the place of torch's CUDA functions."""
+    tensor_of = torch.tensor
+
+    def tensor(data: Any, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
+        made = tensor_of(data, *args, **kwargs)
+        return pin(made) if pin_memory else made
+
+    @contextmanager
+    def use(stream: Stream | None) -> Iterator[None]:
+        with stream or nullcontext():
+            yield
+
+    def set_stream(stream: Stream) -> None:
+        device.stream = stream
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch, "tensor", tensor),
+        (torch.Tensor, "pin_memory", lambda self, *_, **__: pin(self.clone())),
+        (torch.Tensor, "is_pinned", lambda self, *_, **__: is_pinned(self)),
+        (torch.Tensor, "record_stream", lambda *_, **__: None),
+        (torch, "Event", Event),
+        (torch.cuda, "Event", Event),
+        (torch.cuda, "Stream", device.new_stream),
+        (torch.cuda, "stream", use),
+        (torch.cuda, "set_stream", set_stream),
+        (torch.cuda, "current_stream", lambda *_, **__: device.stream),
+        (torch.cuda, "default_stream", lambda *_, **__: device.default_stream),
+        (torch.cuda, "synchronize", device.synchronize),
+        (torch.accelerator, "synchronize", device.synchronize),
+        (
+            torch.cuda,
+            "is_current_stream_capturing",
+            lambda: device.capture is not None,
+        ),
+    ]
+    with ExitStack() as stack:
+        for holder, name, value in replaced:
+            stack.enter_context(mock.patch.object(holder, name, value))
+        # torch.tensor(list, device=...) then builds on the host and copies.
+        only_cpu = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
+        if "triton" in sys.modules:
+            stack.enter_context(_triton_launches(device))
+        yield
+
+
+@contextmanager
+def _triton_launches(device: PretendDevice) -> Iterator[None]:
+    from triton.runtime.interpreter import GridExecutor
+
+    stock = GridExecutor.__call__
+
+    def call(executor: Any, *args: Any, **kwargs: Any) -> None:
+        device.launch_triton(stock, executor, args, kwargs)
+
+    with mock.patch.object(GridExecutor, "__call__", call):
+        yield
