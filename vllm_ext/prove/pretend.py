@@ -32,6 +32,7 @@ PrivateUse1 backend is torch's.
 import collections
 import inspect
 import linecache
+import numbers
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = "pretend"
 POISON = 0xFF  # as float NaN, as integer -1
+EVENT_WAIT = "Event.synchronize"
 HOST = torch.device("cpu")
 
 Kind = Literal["launch", "triton", "h2d", "d2h", "sync"]
@@ -57,6 +59,7 @@ aten = torch.ops.aten
 READS = {
     **dict.fromkeys((aten._local_scalar_dense, aten.item), "reads a value"),
     **dict.fromkeys((aten.equal, aten.is_nonzero, aten.allclose), "reads a value"),
+    aten.multinomial: "checks its probabilities on the host",
     **dict.fromkeys(
         (
             *(aten.nonzero, aten.masked_select, aten.bincount, aten.unique_dim),
@@ -65,6 +68,7 @@ READS = {
         "has a result whose size depends on data",
     ),
 }
+FILLS = {aten.masked_fill, aten.masked_fill_, aten.index_fill, aten.index_fill_}
 INDEXING = {
     *(aten.index, aten._unsafe_index),
     *(aten.index_put, aten.index_put_, aten._index_put_impl_),
@@ -133,7 +137,7 @@ class Operation:
 # -- tensors -----------------------------------------------------------------------
 
 
-class PretendTensor(torch.Tensor):
+class PretendTensor(torch.Tensor):  # type: ignore[misc]
     """A tensor of the device. ``data_on_device`` is for instruments, not for the host.
 
     Args:
@@ -141,12 +145,11 @@ class PretendTensor(torch.Tensor):
     """
 
     data_on_device: torch.Tensor
-    host_scalar: bool
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, data: torch.Tensor) -> "PretendTensor":
-        tensor = torch.Tensor._make_wrapper_subclass(
+        tensor: PretendTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             data.size(),
             strides=data.stride(),
@@ -155,15 +158,20 @@ class PretendTensor(torch.Tensor):
             device=torch.device(DEVICE, 0),
         )
         tensor.data_on_device = data
-        tensor.host_scalar = False  # written by the host's Python number
         return tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PretendTensor({tuple(self.shape)}, {self.dtype})"
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # Of a CUDA tensor only: the number becomes a host tensor, and what happens
+        # then is up to the operation that gets it (see `_why_it_waits`).
+        if isinstance(value, numbers.Number):
+            value = torch.tensor(value, dtype=self.dtype)
+        super().__setitem__(index, value)
+
     def tolist(self) -> Any:
-        current().wait("tolist", "reads a value")
-        return self.data_on_device.tolist()
+        return self.cpu().tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError(
@@ -172,7 +180,7 @@ class PretendTensor(torch.Tensor):
         )
 
     def data_ptr(self) -> int:
-        return self.data_on_device.data_ptr()
+        return int(self.data_on_device.data_ptr())
 
     def untyped_storage(self) -> Any:
         return self.data_on_device.untyped_storage()
@@ -237,6 +245,8 @@ class Stream:
         self.pending: collections.deque[Callable[[], None]] = collections.deque()
         self.device = torch.device(DEVICE, 0)
         self.cuda_stream = id(self)
+        if _devices:
+            current().streams.append(self)
 
     def submit(self, run: Callable[[], None]) -> None:
         """Run now; on a device that lags, when somebody waits."""
@@ -270,6 +280,7 @@ class Stream:
         self.advance()
 
     def query(self) -> bool:
+        current().refuse_while_capturing("Stream.query", "asks for a stream")
         return not self.pending
 
     def __enter__(self) -> "Stream":
@@ -286,22 +297,33 @@ class Event:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._mark: _Mark | None = None
+        self._capture: Capture | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        mark = self._mark = _Mark(stream or current().stream)
+        stream = stream or current().stream
+        capture = current().capture
+        if capture is not None and capture.takes(stream):
+            capture.record(self, stream)
+            self._capture, self._mark = capture, None
+            return
+        self._capture = None
+        mark = self._mark = _Mark(stream)
         mark.stream.submit(lambda: setattr(mark, "done", True))
 
     def wait(self, stream: Stream | None = None) -> None:
-        mark = self._mark
-        if mark is not None:
+        mark, capture = self._mark, self._capture
+        if capture is not None and capture is current().capture:
+            capture.wait(self, stream or current().stream)
+        elif mark is not None:
             (stream or current().stream).submit(lambda: self._finish(mark))
 
     def synchronize(self) -> None:
-        current().report_wait("Event.synchronize", "waits for an event")
+        current().report_wait(EVENT_WAIT, "waits for an event")
         if self._mark is not None:
             self._finish(self._mark)
 
     def query(self) -> bool:
+        current().refuse_while_capturing("Event.query", "asks for an event")
         return self._mark is None or self._mark.done
 
     def elapsed_time(self, end: "Event") -> float:
@@ -343,8 +365,28 @@ class Capture:
         """Raise for what cannot be captured."""
         raise NotImplementedError
 
-    def add(self, operation: Operation, run: Callable[[], None]) -> None:
-        """Keep ``run``, which does the operation's work each time it is called."""
+    def add(
+        self, operation: Operation, work: Callable[..., None], data: tuple[Any, ...]
+    ) -> None:
+        """Keep ``work``, which does the operation once more each time it is called.
+
+        Args:
+            operation: Its tensors keep memory alive: not to be kept.
+            work: To be called with ``data``; holds no tensor itself.
+            data: Trees with the CPU tensors behind the device's.
+        """
+        raise NotImplementedError
+
+    def takes(self, stream: "Stream") -> bool:
+        """Whether ``stream`` is being captured."""
+        raise NotImplementedError
+
+    def record(self, event: "Event", stream: "Stream") -> None:
+        """``event`` was recorded in ``stream``, which is being captured."""
+        raise NotImplementedError
+
+    def wait(self, event: "Event", stream: "Stream") -> None:
+        """``stream`` waits for ``event``, which was recorded in this capture."""
         raise NotImplementedError
 
     def allocated(self, data: torch.Tensor) -> None:
@@ -352,7 +394,7 @@ class Capture:
         raise NotImplementedError
 
 
-class PretendDevice(TorchDispatchMode):
+class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
     """The pretend device; in use inside ``with``.
 
     Args:
@@ -361,6 +403,7 @@ class PretendDevice(TorchDispatchMode):
     Attributes:
         observers: Called with each `Operation` when it is submitted.
         stream: The current `Stream`.
+        streams: Every `Stream` made while this device was in use.
         capture: Set while a graph is captured.
     """
 
@@ -372,9 +415,8 @@ class PretendDevice(TorchDispatchMode):
         self.stream = self.default_stream = Stream()
         self.capture: Capture | None = None
         self.lock = threading.RLock()
-        self._streams: list[Stream] = [self.stream]
+        self.streams = [self.stream]
         self._undo = ExitStack()
-        self._inside = threading.local()
 
     def __enter__(self) -> "PretendDevice":
         _devices.append(self)
@@ -390,25 +432,15 @@ class PretendDevice(TorchDispatchMode):
 
     # -- what the host may do ----------------------------------------------------------
 
-    def new_stream(self, *_: Any, **__: Any) -> Stream:
-        """A stream of this device."""
-        self._streams.append(Stream())
-        return self._streams[-1]
-
     def finish(self) -> None:
         """Run all that is pending, without calling it a wait."""
-        for stream in self._streams:
+        for stream in self.streams:
             stream.advance()
 
     def synchronize(self, *_: Any, **__: Any) -> None:
         """``torch.cuda.synchronize``."""
         self.report_wait("synchronize", "waits for the device")
         self.finish()
-
-    def wait(self, name: str, why: str) -> None:
-        """The host waits for the current stream."""
-        self.report_wait(name, why)
-        self.stream.advance()
 
     def report_wait(self, name: str, why: str) -> None:
         """Tell the observers that the host waits."""
@@ -420,19 +452,34 @@ class PretendDevice(TorchDispatchMode):
         for observer in self.observers:
             observer(operation)
 
-    def submit(self, operation: Operation, run: Callable[[], None]) -> None:
-        """Hand ``run`` to the capture, or to the current stream."""
+    def submit(
+        self, operation: Operation, work: Callable[..., None], *data: Any
+    ) -> None:
+        """Hand ``work(*data)`` to the capture, or to the current stream."""
         self._tell(operation)
-        if self.capture is not None:
-            self.capture.add(operation, run)
+        capture = self.capturing
+        if capture is not None:
+            capture.add(operation, work, data)
         else:
-            self.stream.submit(run)
+            self.stream.submit(lambda: work(*data))
+
+    def refuse_while_capturing(self, name: str, why: str) -> None:
+        """For what is no wait, but must not happen during a capture."""
+        if self.capture is not None:
+            self.capture.refuse(Operation("sync", name, where(), wait=why))
+
+    @property
+    def capturing(self) -> Capture | None:
+        """The capture, if it takes what is submitted to the current stream."""
+        if self.capture is not None and self.capture.takes(self.stream):
+            return self.capture
+        return None
 
     @property
     def _deferred(self) -> bool:
-        return self.lags or self.capture is not None
+        return self.lags or self.capturing is not None
 
-    # -- aten ----------------------------------------------------------------------------
+    # -- aten --------------------------------------------------------------------------
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -494,10 +541,7 @@ class PretendDevice(TorchDispatchMode):
         operation.function = function
         operation.args, operation.result = (target, source), target
         into, out_of = data_of(target), data_of(source)
-        if operation.kind == "h2d" and not is_pinned(source):
-            with _disable_current_modes():
-                out_of = out_of.clone()  # the driver stages it before it returns
-        self.submit(operation, lambda: _copy_data(into, out_of))
+        self.submit(operation, _copy_data, into, out_of)
         if operation.wait:
             self.stream.advance()
 
@@ -512,8 +556,9 @@ class PretendDevice(TorchDispatchMode):
         """A device tensor on fresh memory, which holds rubbish."""
         with _disable_current_modes():
             data.untyped_storage().fill_(POISON)
-            if self.capture is not None:
-                self.capture.allocated(data)
+            capture = self.capturing
+            if capture is not None:
+                capture.allocated(data)
             return PretendTensor(data)
 
     def _launch(
@@ -555,13 +600,13 @@ class PretendDevice(TorchDispatchMode):
         operation.result = result
         made = [data_of(each) for each in _fresh(function, result)]
 
-        def run() -> None:
+        def run(args: Any, kwargs: Any, made: list[torch.Tensor]) -> None:
             with _later():
-                values = _fresh(function, function(*inner_args, **inner_kwargs))
+                values = _fresh(function, function(*args, **kwargs))
                 for into, value in zip(made, values, strict=True):
                     into.copy_(value)
 
-        self.submit(operation, run)
+        self.submit(operation, run, inner_args, inner_kwargs, made)
         return result
 
     def _promise(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -622,13 +667,11 @@ class PretendDevice(TorchDispatchMode):
             if alias is not None and tuple(alias.before_set) in written:
                 value = written[tuple(alias.before_set)]
             wrapped.append(tree_map(_wrapped, value))
-        if function.overloadpacket is aten.scalar_tensor:
-            wrapped[0].host_scalar = True
         if not wrapped:
             return None
         return wrapped[0] if len(wrapped) == 1 else tuple(wrapped)
 
-    # -- Triton --------------------------------------------------------------------------
+    # -- Triton ------------------------------------------------------------------------
 
     def launch_triton(
         self, stock: Callable[..., None], executor: Any, args: Any, kwargs: Any
@@ -639,12 +682,12 @@ class PretendDevice(TorchDispatchMode):
             ValueError: A pointer argument is host memory that is not pinned.
         """
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and not on_device(value):
-                if not is_pinned(value):
-                    raise ValueError(
-                        "Pointer argument cannot be accessed from Triton "
-                        f"(cpu tensor?) in {executor.fn.__name__}"
-                    )
+            if not _is_tensor(value) or on_device(value) or is_pinned(value):
+                continue
+            raise ValueError(
+                "Pointer argument cannot be accessed from Triton "
+                f"(cpu tensor?) in {executor.fn.__name__}"
+            )
         grid = executor.grid
         if callable(grid):
             known = {k: v for k, v in kwargs.items() if k in executor.arg_names}
@@ -659,11 +702,11 @@ class PretendDevice(TorchDispatchMode):
         )
         inner_args, inner_kwargs = map_data(tuple(args)), map_data(dict(kwargs))
 
-        def run() -> None:
+        def run(args: Any, kwargs: Any) -> None:
             with _disable_current_modes():
-                stock(fixed, *inner_args, **inner_kwargs)
+                stock(fixed, *args, **kwargs)
 
-        self.submit(operation, run)
+        self.submit(operation, run, inner_args, inner_kwargs)
 
 
 # -- small questions -----------------------------------------------------------------
@@ -721,32 +764,52 @@ def _is_view(function: Any) -> bool:
 
 def _crossing(source: Any, target: Any, eager: bool) -> tuple[Kind, str]:
     """What a copy is, and why the host waits for it."""
-    if on_device(source) and not on_device(target):
-        if not eager:
-            return "d2h", "copies to the host and blocks"
-        return "d2h", "" if is_pinned(target) else "copies to pageable host memory"
-    if on_device(target) and not on_device(source):
-        if not is_pinned(source):
-            return "h2d", "copies from pageable host memory"
-        return "h2d", "" if eager else "copies from the host and blocks"
-    return "launch", ""
+    if on_device(source) == on_device(target):
+        return "launch", ""
+    kind: Kind = "h2d" if on_device(target) else "d2h"
+    host, way = (source, "from") if kind == "h2d" else (target, "to")
+    # CUDA converts and gathers on the host, in pageable memory of its own.
+    direct = (
+        host.is_contiguous()
+        and source.dtype == target.dtype
+        and source.shape == target.shape
+    )
+    if not (is_pinned(host) and direct):
+        return kind, f"copies {way} pageable host memory"
+    return kind, "" if eager else f"copies {way} the host and blocks"
 
 
 def _why_it_waits(packet: Any, args: Any, kwargs: dict[str, Any]) -> str:
+    """Why the host waits for an operation; what CUDA builds of torch 2.13 do."""
     if packet in READS:
         return READS[packet]
     if packet is aten.repeat_interleave and kwargs.get("output_size") is None:
         return "has a result whose size depends on data"
+    if packet in FILLS and on_device(args[-1]):
+        return "reads the value that it fills with"
+    if packet is aten.where and any(not on_device(each) for each in args):
+        # A Python number is made on the device; a host tensor is copied to it.
+        return "copies a number from pageable host memory"
     if packet in INDEXING:
-        indices = [each for each in args[1] if each is not None]
-        if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-            # A Python number for a mask is masked_fill on CUDA, and stays on the host.
-            value = args[2] if len(args) > 2 else None
-            if value is None or not getattr(value, "host_scalar", value.dim() == 0):
-                return "has a boolean mask as its index"
-        if any(not on_device(index) for index in indices):
-            return "has an index that lies on the host"
+        return _why_indexing_waits(*args)
     return ""
+
+
+def _why_indexing_waits(
+    tensor: Any, indices: Any, value: Any = None, accumulate: bool = False, *_: Any
+) -> str:
+    given = [each for each in indices if each is not None]
+    masks = [each for each in given if each.dtype in (torch.bool, torch.uint8)]
+    number = _is_tensor(value) and not on_device(value)
+    if any(on_device(mask) for mask in masks):
+        # One mask and a host number are turned into masked_fill_.
+        if number and value.numel() == 1 and len(given) == 1 and not accumulate:
+            return ""
+        return "has a boolean mask as its index"
+    # A mask on the host is expanded there, in pinned memory that it does not wait for.
+    if any(not on_device(each) and each.dtype != torch.bool for each in given):
+        return "has an index that lies on the host"
+    return "copies a number from pageable host memory" if number else ""
 
 
 def _refuse_mixed_devices(function: Any, flat: Sequence[Any]) -> None:
@@ -812,7 +875,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (torch.Tensor, "record_stream", lambda *_, **__: None),
         (torch, "Event", Event),
         (torch.cuda, "Event", Event),
-        (torch.cuda, "Stream", device.new_stream),
+        (torch.cuda, "Stream", Stream),
         (torch.cuda, "stream", use),
         (torch.cuda, "set_stream", set_stream),
         (torch.cuda, "current_stream", lambda *_, **__: device.stream),
@@ -822,7 +885,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (
             torch.cuda,
             "is_current_stream_capturing",
-            lambda: device.capture is not None,
+            lambda: device.capturing is not None,
         ),
     ]
     with ExitStack() as stack:
