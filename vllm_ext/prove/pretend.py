@@ -43,6 +43,7 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -137,6 +138,11 @@ class Operation:
 # -- tensors -----------------------------------------------------------------------
 
 
+# Memory that has been the device's, by its address; what is freed stays until another
+# takes its place. Pointers that kernels find in memory lead here.
+storages: dict[int, StorageWeakRef] = {}
+
+
 class PretendTensor(torch.Tensor):  # type: ignore[misc]
     """A tensor of the device. ``data_on_device`` is for instruments, not for the host.
 
@@ -158,6 +164,10 @@ class PretendTensor(torch.Tensor):  # type: ignore[misc]
             device=torch.device(DEVICE, 0),
         )
         tensor.data_on_device = data
+        storage = data.untyped_storage()
+        known = storages.get(storage.data_ptr())
+        if known is None or known.cdata != storage._cdata:
+            storages[storage.data_ptr()] = StorageWeakRef(storage)
         return tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
