@@ -498,6 +498,9 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 
     def dispatch(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do one aten or custom operation, on whichever side it belongs."""
+        if _is_composite(function):  # as they come in inference mode
+            with self._seeing():
+                return function.decompose(*args, **kwargs)
         packet = function.overloadpacket
         flat, _ = tree_flatten((args, kwargs))
         device_tensors = [each for each in flat if on_device(each)]
@@ -513,10 +516,21 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
         if packet in ALLOCATIONS:
             return self._allocate(function, args, kwargs)
         if _is_view(function):
-            with _disable_current_modes():
+            # A view is an inference tensor if, and only if, its base is one.
+            inference = device_tensors[0].is_inference()
+            with _disable_current_modes(), torch.inference_mode(inference):
                 views = function(*map_data(args), **map_data(kwargs))
-            return tree_map(_wrapped, views)
+                return tree_map(_wrapped, views)
         return self._launch(function, args, kwargs, flat)
+
+    @contextmanager
+    def _seeing(self) -> Iterator[None]:
+        """Intercept again what is called from within `dispatch`."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
 
     def _convert(self, function: Any, source: Any, kwargs: dict[str, Any]) -> Any:
         """``_to_copy``: to another device, another dtype, or both."""
@@ -768,6 +782,15 @@ def _names_device(device: Any) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
+@cache
+def _is_composite(function: Any) -> bool:
+    """Whether torch writes this operation in terms of others, on every device."""
+    composite: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
+        function.name(), "CompositeImplicitAutograd"
+    )
+    return composite
+
+
 def _is_view(function: Any) -> bool:
     return function.is_view or function.overloadpacket in VIEWS
 
@@ -864,6 +887,8 @@ def _is_machinery(file: str) -> bool:
 @contextmanager
 def _stand_ins(device: PretendDevice) -> Iterator[None]:
     """Put the device in the place of torch's CUDA functions."""
+    from vllm_ext.prove import graphs  # which is made of what is above
+
     tensor_of = torch.tensor
 
     def tensor(data: Any, *args: Any, pin_memory: bool = False, **kwargs: Any) -> Any:
@@ -891,7 +916,11 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (torch.cuda, "current_stream", lambda *_, **__: device.stream),
         (torch.cuda, "default_stream", lambda *_, **__: device.default_stream),
         (torch.cuda, "synchronize", device.synchronize),
+        (torch.cuda, "CUDAGraph", graphs.Graph),
+        (torch.cuda, "graph", graphs.graph),
+        (torch.cuda, "graph_pool_handle", graphs.graph_pool_handle),
         (torch.accelerator, "synchronize", device.synchronize),
+        (torch.accelerator, "empty_cache", lambda: None),
         (
             torch.cuda,
             "is_current_stream_capturing",
