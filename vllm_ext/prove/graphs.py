@@ -76,6 +76,11 @@ PICKING = {
     aten.take,
 }
 
+STALE = (
+    "was written by the host after it had submitted the replay and before the device "
+    "read it"
+)
+
 
 class GraphError(RuntimeError):
     """A CUDA graph would not do what the code without it does."""
@@ -220,9 +225,10 @@ class Node:
     def __str__(self) -> str:
         return f"{self.name} at {self.where} | {self.where.text}"
 
-    def at(self, argument: str) -> str:
-        """One line that names the operation, an argument, and the line of code."""
-        return f"{self.name} argument {argument} at {self.where} | {self.where.text}"
+    def says(self, argument: str, what: str) -> str:
+        """``what`` is true of ``argument``, in one line that names the place."""
+        place = f"at {self.where} | {self.where.text}"
+        return f"{self.name} argument {argument} {what}, {place}"
 
     def addresses(self) -> Iterator[tuple[str, Address]]:
         for name, value in self.arguments.items():
@@ -558,15 +564,15 @@ class Graph(pretend.Capture):
         for node in self.nodes:
             for name, address in node.addresses():
                 if address.memory.weak.expired():
-                    dead.append(f"{node.at(name)} is freed memory: {address.memory}")
+                    what = f"is memory that was freed ({address.memory})"
+                    dead.append(node.says(name, what))
             for name, at, value, target in node.tables:
                 table = node.arguments[name]
                 if target.weak.expired() and not table.memory.weak.expired():
                     now = table.tensor().view(torch.int64).reshape(-1)[at]
                     if int(now) == value:
-                        dead.append(
-                            f"{node.at(f'{name}[{at}]')} points to freed memory"
-                        )
+                        what = "points to memory that was freed"
+                        dead.append(node.says(f"{name}[{at}]", what))
         if dead:
             raise DeadInput("\n".join(dead))
 
@@ -585,10 +591,9 @@ class Graph(pretend.Capture):
         for node in self.nodes:
             for name, address in node.reads.items():
                 if address.memory.kept is None and address.memory.identity in _lost:
-                    raise PoolReuse(
-                        f"{node.at(name)} is memory of another graph, which "
-                        f"{_lost[address.memory.identity][1]} may have overwritten"
-                    )
+                    _, other = _lost[address.memory.identity]
+                    what = f"is another graph's, and {other} may have overwritten it"
+                    raise PoolReuse(node.says(name, what))
 
     def _run(
         self, kept: list[Any], lost: list[Memory], sent: dict[Memory, np.ndarray]
@@ -632,8 +637,8 @@ def _guard(operation: Operation) -> None:
             _lost.pop(key, None)
         elif key in _lost:
             raise PoolReuse(
-                f"{operation.name} at {operation.where} | {operation.where.text}: reads "
-                f"memory of a graph, which {_lost[key][1]} may have overwritten"
+                f"{operation.name} reads memory of a graph that {_lost[key][1]} may "
+                f"have overwritten, at {operation.where} | {operation.where.text}"
             )
 
 
@@ -685,7 +690,7 @@ class _Run:
                 self._operate(node)
         graph.unwritten = list(self._notes)
 
-    # -- operations ------------------------------------------------------------------------
+    # -- operations --------------------------------------------------------------------
 
     def _operate(self, node: Node) -> None:
         packet = getattr(node.function, "overloadpacket", None)
@@ -722,14 +727,7 @@ class _Run:
             return
         now = address.of_bytes(_array(address.memory.storage()))
         if not np.array_equal(now, address.of_bytes(sent)):
-            raise StaleInput(self._stale(node, name))
-
-    @staticmethod
-    def _stale(node: Node, name: str) -> str:
-        return (
-            f"{node.at(name)}: the host wrote this memory after it had submitted the "
-            "replay and before the device read it"
-        )
+            raise StaleInput(node.says(name, STALE))
 
     @property
     def _graph_writes(self) -> set[Memory]:
@@ -741,10 +739,10 @@ class _Run:
         }
 
     def _note(self, node: Node, name: str, elements: int) -> None:
-        line = f"{node.at(name)} reads {elements} elements that nothing wrote"
-        self._notes.setdefault(line)
+        what = f"has {elements} elements that are read and that nothing wrote"
+        self._notes.setdefault(node.says(name, what))
 
-    # -- launches --------------------------------------------------------------------------
+    # -- launches ----------------------------------------------------------------------
 
     def _order(self) -> None:
         graph = self._graph
@@ -804,7 +802,7 @@ class _Run:
             now = _array(memory.storage())
             for byte in range(size):
                 if (now[offsets + byte] != sent[offsets + byte]).any():
-                    raise StaleInput(self._stale(node, node.argument_of(memory)))
+                    raise StaleInput(node.says(node.argument_of(memory), STALE))
 
     def _split(
         self, node: Node, addresses: np.ndarray, size: int
@@ -990,7 +988,7 @@ def _place(address: Address) -> str:
 # -- in torch's place ----------------------------------------------------------------
 
 
-class graph:  # noqa: N801
+class graph:
     """Stands for ``torch.cuda.graph``.
 
     Args:
