@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -344,7 +345,17 @@ def test_bisect_leaves_no_process_behind(capsys, tmp_path):
     command = [sys.executable, "-S", "-c", code]
     run(capsys, "bisect", "--timeout", "2", "--", *command)
     state = Path(f"/proc/{mark.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    patience = time.monotonic() + 20  # a killed process takes a moment to die
+
+    def alive() -> bool:
+        try:
+            return state.read_text().split()[2] != "Z"
+        except FileNotFoundError:
+            return False
+
+    while alive():
+        assert time.monotonic() < patience
+        time.sleep(0.01)
 
 
 def test_bisect_wants_a_real_timeout(capsys):

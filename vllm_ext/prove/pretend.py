@@ -705,12 +705,15 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
         Raises:
             ValueError: A pointer argument is host memory that is not pinned.
         """
-        for value in (*args, *kwargs.values()):
+        for name, value in (
+            *zip(executor.arg_names, args, strict=False),
+            *kwargs.items(),
+        ):
             if not _is_tensor(value) or on_device(value) or is_pinned(value):
                 continue
             raise ValueError(
-                "Pointer argument cannot be accessed from Triton "
-                f"(cpu tensor?) in {executor.fn.__name__}"
+                f"Pointer argument {name} of {executor.fn.__name__} cannot be accessed "
+                "from Triton (cpu tensor?)"
             )
         grid = executor.grid
         if callable(grid):
