@@ -20,14 +20,21 @@ from vllm_ext_cpulane.engine import run_script
 from vllm_ext_cpulane.environment import lane_environment
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "inference"], autouse=True)
+def mode(request):
+    """vLLM's steps run in inference mode, where operations arrive in other pieces."""
+    with torch.inference_mode(request.param):
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["prompt", "lagging"])
-def device(request):
+def device(request, mode):
     with PretendDevice(lags=request.param) as device:
         yield device
 
 
 @pytest.fixture
-def lagging():
+def lagging(mode):
     with PretendDevice(lags=True) as device:
         yield device
 

@@ -9,6 +9,13 @@ from vllm_ext.prove.pretend import DEVICE, PretendDevice, data_of
 from vllm_ext.prove.syncs import watch
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "inference"], autouse=True)
+def mode(request):
+    """vLLM's steps run in inference mode, where operations arrive in other pieces."""
+    with torch.inference_mode(request.param):
+        yield
+
+
 def run(function, watching=True):
     """What it returns, as host data, and what was found."""
     with PretendDevice() as device:

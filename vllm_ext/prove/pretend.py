@@ -33,6 +33,7 @@ import collections
 import inspect
 import linecache
 import numbers
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -924,6 +925,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (torch.cuda, "graph_pool_handle", graphs.graph_pool_handle),
         (torch.accelerator, "synchronize", device.synchronize),
         (torch.accelerator, "empty_cache", lambda: None),
+        (torch.accelerator, "get_memory_info", lambda *_: (0, 0)),
         (
             torch.cuda,
             "is_current_stream_capturing",
@@ -937,7 +939,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         only_cpu = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_cpu)
-        if "triton" in sys.modules:
+        if os.environ.get("TRITON_INTERPRET") == "1":  # imported already or not
             stack.enter_context(_triton_launches(device))
         yield
 
