@@ -2,45 +2,47 @@
 
 Everything is vLLM's own, scheduler, model runner, sampler and asynchronous outputs,
 on a tiny model whose tensors lie on the device. Runs on the CPU lane, in a process of
-its own (`vllm_ext_cpulane.environment.lane_environment("interpret")`), with the engine
-core in that process:
+its own (`lane_environment("interpret")`), with the engine core in that process:
 
-    with PretendDevice() as device:
-        llm = boot(device)
+    with PretendDevice() as device, booted(device) as llm:
         llm.generate(...)
 
+Which model runner works is said by ``VLLM_USE_V2_MODEL_RUNNER``, as always.
+
 What differs from CUDA: the platform is still vLLM's CPU platform, so layers take
-their PyTorch form (``forward_native``) and attention is Triton's; nothing is compiled
-by torch; random numbers drawn by torch, as V1's sampler does, are the CPU's.
+their PyTorch form (``forward_native``) and attention is Triton's; torch compiles
+nothing; what torch draws at random, as V1's sampler does, it draws as on a CPU.
 """
 
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from vllm_ext import gpupath
+from vllm_ext.prove import pretend
 
 MAX_LENGTH = 128
 SEATS = 8
+GRAPH_SIZES = (1, 2, 4, 8)
 
 
-def boot(device: Any, *, runner: int = 2, **options: Any) -> Any:
+@contextmanager
+def booted(device: pretend.PretendDevice, **options: Any) -> Iterator[Any]:
     """An ``LLM`` in this process whose model runner works on ``device``.
 
     Args:
-        device: The `PretendDevice` in use; has to stay in use.
-        runner: Model Runner 1 or 2.
+        device: In use, and in use until this ends.
         options: For ``LLM``, over the defaults below.
     """
-    from vllm_ext.prove import pretend
-
-    _accelerate(pretend)
+    _put_on_device()
     from vllm import LLM
 
     from vllm_ext_cpulane.tinymodel import write_model
 
-    gpupath.enable([1, 2, 4, 8])
     with tempfile.TemporaryDirectory(prefix="vllm-ext-pretend-") as folder:
         defaults: dict[str, Any] = {
             "model": str(write_model(folder, tokenizer=True, weights=True)),
@@ -53,77 +55,93 @@ def boot(device: Any, *, runner: int = 2, **options: Any) -> Any:
             "disable_log_stats": True,
             "seed": 0,
         }
-        return LLM(**(defaults | options))
+        llm = LLM(**(defaults | options))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
 
-def _accelerate(pretend: Any) -> None:
-    """Give vLLM's code the answers that it gets on CUDA, and keep its CPU shims out."""
-    import torch
+def model_runner(llm: Any) -> Any:
+    """The model runner of an ``LLM`` in this process."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
 
+
+@cache
+def _put_on_device() -> None:
+    """Let engines that are built from now on work on the pretend device."""
     # vLLM's CPU worker puts its own no-ops in the place of torch's CUDA functions.
-    sys.modules["vllm.v1.worker.cpu.shm"] = types.ModuleType("vllm.v1.worker.cpu.shm")
+    name = "vllm.v1.worker.cpu.shm"
+    sys.modules[name] = types.ModuleType(name)
+    gpupath.enable(GRAPH_SIZES)
+    _answer_as_cuda()
+    _build_runners_on_device()
+
+
+def _answer_as_cuda() -> None:
+    """What vLLM's code asks of its platform is answered as on CUDA."""
+    import torch
+    from vllm.model_executor.layers import utils as layers
     from vllm.platforms import current_platform
     from vllm.utils import platform_utils, torch_utils
-    from vllm.v1.worker import cpu_worker
     from vllm.v1.worker.gpu import buffer_utils
 
-    place = torch.device(pretend.DEVICE, 0)
-    platform = type(current_platform)
+    platform: Any = type(current_platform)
     platform.is_pin_memory_available = classmethod(lambda cls: True)
     platform.opaque_attention_op = classmethod(lambda cls: False)
     platform_utils.is_pin_memory_available.cache_clear()
     platform_utils.is_uva_available.cache_clear()
     for module in (torch_utils, buffer_utils):
         module.get_accelerator_view_from_cpu_tensor = pretend.uva_view
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm.") and "PIN_MEMORY" in vars(
-            module
-        ):
-            module.PIN_MEMORY = True  # type: ignore[attr-defined]
-
-    from vllm.model_executor.layers import utils as layers
+    for name, module in list(sys.modules.items()):  # 0.33 asks when it is imported
+        if name.startswith("vllm.") and "PIN_MEMORY" in vars(module):
+            setattr(module, "PIN_MEMORY", True)  # noqa: B010
 
     def plain_linear(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    layers.dispatch_cpu_unquantized_gemm = plain_linear
-    stock_init = cpu_worker.CPUWorker.init_device
-
-    class OnDevice:
-        """``torch``, but its ``device("cpu")`` is the pretend device."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
-
-        @staticmethod
-        def device(*args: Any) -> Any:
-            return place if args == ("cpu",) else torch.device(*args)
-
-    def init_device(self: Any) -> None:
-        cpu_worker.torch = OnDevice()
-        stock_init(self)
-        runner = self.model_runner
-        load_model = runner.load_model
-
-        def load_and_move(*args: Any, **kwargs: Any) -> None:
-            load_model(*args, **kwargs)
-            _move(runner.model, pretend)
-
-        runner.load_model = load_and_move
-
-    cpu_worker.CPUWorker.init_device = init_device
+    layers.dispatch_cpu_unquantized_gemm = plain_linear  # stock packs for CPU kernels
 
 
-def _move(model: Any, pretend: Any) -> None:
+def _build_runners_on_device() -> None:
+    """Give the CPU worker the GPU's model runners, and the pretend device."""
+    import torch
+    from vllm.v1.worker import cpu_worker
+    from vllm.v1.worker.cpu import model_runner as cpu_v2
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1
+
+    place = torch.device(pretend.DEVICE, 0)
+
+    def on_device(stock: Any) -> Any:
+        class OnDevice(stock):  # type: ignore[misc]
+            def __init__(self, config: Any, device: Any) -> None:
+                super().__init__(config, place)
+
+            def load_model(self, *args: Any, **kwargs: Any) -> None:
+                super().load_model(*args, **kwargs)
+                _move(self.model)
+
+            def warming_up_model(self) -> None:
+                """The worker of the CPU asks for it; eager engines have no need."""
+
+        return OnDevice
+
+    cpu_worker.CPUModelRunner = on_device(V1)
+    cpu_v2.CPUModelRunner = on_device(V2)
+
+
+def _move(model: Any) -> None:
     """Put a model's weights, buffers and tensors on the device, from the host."""
     import torch
 
     for module in model.modules():
         for holder in (module._parameters, module._buffers, vars(module)):
             for name, tensor in holder.items():
-                if not isinstance(tensor, torch.Tensor) or pretend.on_device(tensor):
+                if not isinstance(tensor, torch.Tensor) or name.endswith("_cpu"):
                     continue
-                moved = pretend.PretendTensor(tensor.detach())
+                moved: Any = pretend.PretendTensor(tensor.detach())
                 if isinstance(tensor, torch.nn.Parameter):
                     moved = torch.nn.Parameter(moved, requires_grad=False)
                 holder[name] = moved
