@@ -69,6 +69,21 @@ def test_host_and_device_tensors_do_not_mix(device):
     assert (there + here[2]).tolist() == [2, 3, 4, 5]  # a number, as on CUDA
 
 
+def test_a_tensor_like_another_may_lie_elsewhere(device):
+    seen = []
+    there, here = torch.arange(4, device=DEVICE), torch.arange(4)
+    device.observers.append(seen.append)
+    assert torch.zeros_like(here, device=DEVICE).tolist() == [0, 0, 0, 0]
+    assert on_device(torch.empty_like(here, device=DEVICE))
+    assert here.new_full((2,), 3, device=DEVICE).tolist() == [3, 3]
+    del seen[:]
+    assert torch.zeros_like(there, device="cpu").numpy().tolist() == [0, 0, 0, 0]
+    assert there.new_ones(2, device="cpu").numpy().tolist() == [1, 1]
+    pinned = torch.empty_like(there, device="cpu", pin_memory=True)
+    assert pinned.is_pinned()
+    assert seen == []
+
+
 def test_a_tensor_needs_its_device():
     with PretendDevice():
         there = torch.arange(4, device=DEVICE)

@@ -506,12 +506,14 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
         flat, _ = tree_flatten((args, kwargs))
         device_tensors = [each for each in flat if on_device(each)]
         made_there = _names_device(kwargs.get("device"))
-        if not device_tensors and not made_there:
-            if kwargs.pop("pin_memory", False):
-                return pin(function(*args, **kwargs))
-            return function(*args, **kwargs)
-        if packet is aten._to_copy:
+        if packet is aten._to_copy and (device_tensors or made_there):
             return self._convert(function, args[0], kwargs)
+        made_here = kwargs.get("device") is not None and not made_there
+        if made_here or not (device_tensors or made_there):
+            # Of a device tensor, what makes a host tensor reads the shape alone.
+            pinned = kwargs.pop("pin_memory", False)
+            made = function(*map_data(args), **map_data(kwargs))
+            return pin(made) if pinned else made
         if packet is aten.copy_:
             return self._copy(function, *args, **kwargs)
         if packet in ALLOCATIONS:
@@ -591,7 +593,7 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         packet = function.overloadpacket
         wait = _why_it_waits(packet, args, kwargs)
-        if packet not in INDEXING:
+        if packet not in INDEXING and "device" not in kwargs:  # zeros_like and so on
             _refuse_mixed_devices(function, flat)
         kind: Kind = "launch"
         if packet in (aten._local_scalar_dense, aten.item):
@@ -885,6 +887,14 @@ def _is_machinery(file: str) -> bool:
     )
 
 
+class _Generator(torch.Generator):
+    """A generator of the device, which draws as the CPU's does."""
+
+    def __new__(cls, device: Any = "cpu") -> "_Generator":
+        place = HOST if _names_device(device) else device
+        return super().__new__(cls, place)
+
+
 # -- stand-ins -------------------------------------------------------------------------
 
 
@@ -909,6 +919,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
 
     replaced: list[tuple[Any, str, Any]] = [
         (torch, "tensor", tensor),
+        (torch, "Generator", _Generator),
         (torch.Tensor, "pin_memory", lambda self, *_, **__: pin(self.clone())),
         (torch.Tensor, "is_pinned", lambda self, *_, **__: is_pinned(self)),
         (torch.Tensor, "record_stream", lambda *_, **__: None),
