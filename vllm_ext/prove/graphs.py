@@ -40,8 +40,10 @@ Conditional nodes and updates of a captured graph do not exist here.
 Source: the semantics of CUDA stream capture and of torch.cuda's graph pools.
 """
 
+import difflib
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -900,10 +902,15 @@ class Difference:
     """What keeps two captures of one step from being one graph.
 
     Attributes:
-        position: Of the node in the first capture.
+        position: Of the node in the first capture; in the second, if the first
+            does not have it.
         operation: Its name.
         argument: Which differs; ``grid`` for the grid, empty for the operation.
         kind: ``operation``, ``grid``, ``number``, ``address`` or ``shape``.
+        before: What the first capture has.
+        after: What the second has.
+        where: The line of the launch.
+        memory: Behind the argument, in the first capture.
     """
 
     position: int
@@ -913,10 +920,11 @@ class Difference:
     before: str
     after: str
     where: Where
+    memory: Memory | None = None
 
     def __str__(self) -> str:
         what = {
-            "operation": "the host took another branch:",
+            "operation": "in one capture only, the host took another branch:",
             "grid": "grid:",
             "number": f"argument {self.argument} is another number:",
             "address": f"argument {self.argument} moves:",
@@ -929,30 +937,46 @@ class Difference:
 
 
 def diff(first: Graph, second: Graph) -> list[Difference]:
-    """Every launch that differs; after another operation no more is compared.
+    """Every launch that only one of two captures has, or that differs.
 
     Memory that a graph allocated itself is the same if it is as old in its graph.
     """
-    found = []
-    pairs = itertools.zip_longest(first.nodes, second.nodes)
-    for position, (node, other) in enumerate(pairs):
-        if node is None or other is None or node.name != other.name:
-            present = node or other
-            texts = [f"{each.name}" if each else "nothing" for each in (node, other)]
-            found.append(
-                Difference(
-                    position, present.name, "", "operation", *texts, present.where
+    keys = [
+        [(node.name, node.where) for node in captured.nodes]
+        for captured in (first, second)
+    ]
+    found: list[Difference] = []
+    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    for tag, begin, end, other, last in matcher.get_opcodes():
+        if tag == "equal":
+            for position in range(begin, end):
+                node = first.nodes[position]
+                found += _compare(
+                    position, node, second.nodes[position - begin + other]
                 )
-            )
-            break
-        found += _compare(position, node, other)
+            continue
+        for captured, span in ((first, (begin, end)), (second, (other, last))):
+            present, absent = ("launched", "not launched")
+            if captured is second:
+                present, absent = absent, present
+            for position in range(*span):
+                node = captured.nodes[position]
+                found.append(
+                    Difference(
+                        *(position, node.name, "", "operation", present, absent),
+                        node.where,
+                    )
+                )
     return found
 
 
 def _compare(position: int, node: Node, other: Node) -> Iterator[Difference]:
     def differs(argument: str, kind: str, before: Any, after: Any) -> Difference:
+        value = node.arguments.get(argument)
         return Difference(
-            position, node.name, argument, kind, str(before), str(after), node.where
+            *(position, node.name, argument, kind, str(before), str(after)),
+            node.where,
+            value.memory if isinstance(value, Address) else None,
         )
 
     if node.grid != other.grid:
@@ -1031,3 +1055,78 @@ class graph:
 def graph_pool_handle() -> tuple[int, int]:
     """Stands for ``torch.cuda.graph_pool_handle``."""
     return (1, next(_handles))
+
+
+# -- for people ----------------------------------------------------------------------
+
+# What torch calls arguments of any operation: no name for what is in them.
+NAMELESS = {
+    *("self", "other", "input", "target", "source", "result", "mat1", "mat2", "weight"),
+    *("src", "index", "indices", "tensor", "tensors", "values", "mask", "out", "dst"),
+}
+
+
+def names(captured: Graph) -> dict[Memory, str]:
+    """What kernels call each memory most; its label, if they have no name for it."""
+    found: dict[Memory, Counter[str]] = {}
+    for node in captured.nodes:
+        for argument, address in node.addresses():
+            name = argument.partition("[")[0].removesuffix("_ptr").removesuffix("_ptrs")
+            if name not in NAMELESS:
+                found.setdefault(address.memory, Counter())[name] += 1
+    return {
+        memory: found[memory].most_common(1)[0][0] if memory in found else memory.label
+        for memory in captured.memories
+    }
+
+
+def describe(captured: Graph, moving: Sequence[Difference] = ()) -> dict[str, Any]:
+    """A graph as data, for `vllm_ext.prove.page`.
+
+    Args:
+        captured: Replayed at least once, or kernels count as writing all they have.
+        moving: Of this capture and another.
+
+    Returns:
+        ``memories``: by position ``label``, ``name``, ``shape``, ``dtype``,
+        ``bytes``, ``own`` (the graph's), ``pinned``. ``nodes``: in order ``name``,
+        ``kind``, ``grid``, ``where``, ``text``, ``arguments`` (``name``, ``text``,
+        ``moves``), and ``reads`` and ``writes``, positions of memories.
+    """
+    place = {memory: at for at, memory in enumerate(captured.memories)}
+    called = names(captured)
+    moves = {(each.position, each.argument) for each in moving}
+
+    def argument(position: int, name: str, value: Any) -> dict[str, Any]:
+        text = value if isinstance(value, str) else str(getattr(value, "tensor", ""))
+        memory = None
+        if isinstance(value, Address):
+            memory = place[value.memory]
+            text = value.layout + (f" +{value.offset}" if value.offset else "")
+        moved = (position, name) in moves
+        return {"name": name, "text": text, "memory": memory, "moves": moved}
+
+    return {
+        "memories": [
+            {
+                **{"label": memory.label, "name": called[memory]},
+                **{"shape": list(memory.shape), "dtype": memory.dtype},
+                **{"bytes": memory.size, "own": memory.kept is not None},
+                "pinned": memory.pinned,
+            }
+            for memory in captured.memories
+        ],
+        "nodes": [
+            {
+                **{"name": node.name, "kind": node.kind, "grid": list(node.grid)},
+                **{"where": str(node.where), "text": node.where.text},
+                "arguments": [
+                    argument(position, name, value)
+                    for name, value in node.arguments.items()
+                ],
+                "reads": sorted({place[each.memory] for each in node.reads.values()}),
+                "writes": sorted({place[each.memory] for each in node.writes.values()}),
+            }
+            for position, node in enumerate(captured.nodes)
+        ],
+    }
