@@ -39,7 +39,10 @@ def booted(device: pretend.PretendDevice, **options: Any) -> Iterator[Any]:
         options: For ``LLM``, over the defaults below.
     """
     _put_on_device()
+    device.stream = pretend.Stream()  # as on CUDA: graphs want one that is not default
+    import torch
     from vllm import LLM
+    from vllm.v1.worker.workspace import init_workspace_manager
 
     from vllm_ext_cpulane.tinymodel import write_model
 
@@ -56,6 +59,8 @@ def booted(device: pretend.PretendDevice, **options: Any) -> Iterator[Any]:
             "seed": 0,
         }
         llm = LLM(**(defaults | options))
+        init_workspace_manager(torch.device(pretend.DEVICE, 0))
+        model_runner(llm).capture_model()
         try:
             yield llm
         finally:
@@ -85,6 +90,8 @@ def _answer_as_cuda() -> None:
     from vllm.model_executor.layers import utils as layers
     from vllm.platforms import current_platform
     from vllm.utils import platform_utils, torch_utils
+    from vllm.v1.sample import sampler
+    from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker.gpu import buffer_utils
 
     platform: Any = type(current_platform)
@@ -92,6 +99,8 @@ def _answer_as_cuda() -> None:
     platform.opaque_attention_op = classmethod(lambda cls: False)
     platform_utils.is_pin_memory_available.cache_clear()
     platform_utils.is_uva_available.cache_clear()
+    torch_utils._current_stream_tls = _CurrentStream()
+    torch_utils.weak_ref_tensor = lambda tensor: tensor  # the CPU build has none
     for module in (torch_utils, buffer_utils):
         module.get_accelerator_view_from_cpu_tensor = pretend.uva_view
     for name, module in list(sys.modules.items()):  # 0.33 asks when it is imported
@@ -102,6 +111,33 @@ def _answer_as_cuda() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layers.dispatch_cpu_unquantized_gemm = plain_linear  # stock packs for CPU kernels
+    for module in (sampler, topk_topp_sampler):
+        setattr(module, "current_platform", _Accelerator(current_platform))  # noqa: B010
+
+
+class _Accelerator:
+    """A platform that is not a CPU, in the eyes of one module."""
+
+    def __init__(self, platform: Any) -> None:
+        self._platform = platform
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+
+class _CurrentStream:
+    """Where vLLM remembers the current stream: the device knows."""
+
+    @property
+    def value(self) -> pretend.Stream:
+        return pretend.current().stream
+
+    @value.setter
+    def value(self, stream: pretend.Stream) -> None:
+        pass
 
 
 def _build_runners_on_device() -> None:

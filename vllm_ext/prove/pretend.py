@@ -96,9 +96,13 @@ class Where:
         """The line itself."""
         return linecache.getline(self.file, self.line).strip()
 
+    @property
+    def path(self) -> str:
+        """The file, from the folder on in which packages are installed."""
+        return self.file.rpartition("site-packages/")[2]
+
     def __str__(self) -> str:
-        name = self.file.rpartition("site-packages/")[2]
-        return f"{name}:{self.line} in {self.function}"
+        return f"{self.path}:{self.line} in {self.function}"
 
 
 NOWHERE = Where("?", 0, "?")
@@ -936,6 +940,7 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (torch.cuda, "graph_pool_handle", graphs.graph_pool_handle),
         (torch.accelerator, "synchronize", device.synchronize),
         (torch.accelerator, "empty_cache", lambda: None),
+        (torch.accelerator, "get_memory_info", lambda *_: (0, 0)),
         (torch.accelerator, "get_memory_info", lambda *_: (0, 0)),
         (
             torch.cuda,
