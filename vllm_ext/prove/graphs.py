@@ -40,6 +40,7 @@ Conditional nodes and updates of a captured graph do not exist here.
 Source: the semantics of CUDA stream capture and of torch.cuda's graph pools.
 """
 
+import bisect
 import difflib
 import inspect
 import itertools
@@ -753,10 +754,7 @@ class _Run:
         ]
         memories.sort(key=lambda each: each.address)
         self._memories = memories
-        self._starts = np.array([each.address for each in memories], dtype=np.uint64)
-        self._ends = self._starts + np.array(
-            [each.size for each in memories], dtype=np.uint64
-        )
+        self._starts = [each.address for each in memories]
 
     def _launch(self, node: Node) -> None:
         loads: set[Memory] = set()
@@ -765,7 +763,8 @@ class _Run:
         def load(addresses: np.ndarray, size: int) -> None:
             for memory, offsets in self._split(node, addresses, size):
                 loads.add(memory)
-                self._check_load(node, memory, offsets, size)
+                if memory in self._written or memory in self._sent:
+                    self._check_load(node, memory, offsets, size)
 
         def store(addresses: np.ndarray, size: int) -> None:
             for memory, offsets in self._split(node, addresses, size):
@@ -810,29 +809,31 @@ class _Run:
         self, node: Node, addresses: np.ndarray, size: int
     ) -> Iterator[tuple[Memory, np.ndarray]]:
         """Which memory each address lies in, and where in it."""
-        if not addresses.size:
-            return
-        at = np.searchsorted(self._starts, addresses, side="right").astype(np.int64) - 1
-        outside = (at < 0) | (addresses + np.uint64(size) > self._ends[at])
-        if outside.any():
-            self._follow(node, addresses[outside])
-            yield from self._split(node, addresses, size)
-            return
-        for which in np.unique(at):
-            memory = self._memories[which]
-            chosen = addresses[at == which] - np.uint64(memory.address)
-            yield memory, chosen.astype(np.int64)
+        while addresses.size:
+            lowest = int(addresses.min())
+            at = bisect.bisect_right(self._starts, lowest) - 1
+            memory = self._memories[at]
+            end = memory.address + memory.size
+            if at < 0 or lowest + size > end:
+                self._follow(node, lowest, size)
+                continue
+            if int(addresses.max()) + size <= end:  # as nearly always
+                yield memory, (addresses - np.uint64(memory.address)).view(np.int64)
+                return
+            inside = addresses + np.uint64(size) <= np.uint64(end)
+            offsets = addresses[inside] - np.uint64(memory.address)
+            yield memory, offsets.view(np.int64)
+            addresses = addresses[~inside]
 
-    def _follow(self, node: Node, addresses: np.ndarray) -> None:
+    def _follow(self, node: Node, address: int, size: int) -> None:
         """Get to know memory that a kernel reaches by a pointer it found in memory."""
-        found = list(_Index().find(addresses.astype(np.int64)))
-        if len(found) < len(addresses):
+        found = list(_Index().find(np.array([address, address + size - 1])))
+        if len(found) < 2:
             raise DeadInput(
                 f"{node}: follows a pointer into memory that is not the device's, or "
                 "was freed"
             )
-        for _, storage in found:
-            self._graph._memory(torch.empty(0, dtype=torch.uint8).set_(storage))
+        self._graph._memory(torch.empty(0, dtype=torch.uint8).set_(found[0][1]))
         self._order()
 
 
