@@ -1,0 +1,251 @@
+"""One engine on the pretend device, asked feature by feature: the child of `audit`.
+
+Real vLLM, with the model runner that ``VLLM_USE_V2_MODEL_RUNNER`` names. Each feature
+gets requests of its own; the steps in which they only decode are watched apart from
+those in which they arrive.
+"""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from vllm_ext.children import serve
+from vllm_ext.prove import engine
+from vllm_ext.prove.pretend import PretendDevice
+from vllm_ext.prove.syncs import Found, Wait, watch
+
+REQUESTS = 2
+WARM = 2  # tokens until all that is scheduled for a request is a decode
+STEADY = 3  # rounds that are watched then
+PATIENCE = 60  # seconds
+BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
+VOCABULARY = 512
+
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+DRAWN: dict[str, Any] = {"temperature": 0.9, "seed": 1}
+STOPS = [9, 10, 11]
+TEXT = {"type": "string", "minLength": 40}  # a JSON string that does not end by itself
+THINKING = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+ONE_TOKEN = {**GREEDY, "allowed_token_ids": [70]}  # so that every draft is accepted
+
+MAIN: dict[str, dict[str, Any]] = {
+    "greedy": GREEDY,
+    "temperature": {"temperature": 0.9},
+    "temperature, seed": DRAWN,
+    "min-p": {**DRAWN, "min_p": 0.1},
+    "top-k": {**DRAWN, "top_k": 20},
+    "top-p": {**DRAWN, "top_p": 0.8},
+    "top-k, top-p": {**DRAWN, "top_k": 20, "top_p": 0.8},
+    "repetition penalty": {**GREEDY, "repetition_penalty": 1.2},
+    "presence penalty": {**GREEDY, "presence_penalty": 0.5},
+    "frequency penalty": {**GREEDY, "frequency_penalty": 0.5},
+    "logit bias": {**GREEDY, "logit_bias": {7: 2.0, 8: -2.0}},
+    "allowed ids": {**DRAWN, "allowed_token_ids": [70, 71, 72]},
+    "bad words": {**GREEDY, "bad_words": ["a", "bc"]},
+    "min_tokens, stop tokens": {
+        **{**GREEDY, "min_tokens": 30, "stop_token_ids": STOPS}
+    },
+    "JSON schema": {**GREEDY, "json": TEXT},
+    "min_tokens, stop tokens, JSON schema": {
+        **{**GREEDY, "min_tokens": 30, "stop_token_ids": STOPS, "json": TEXT}
+    },
+    "logprobs": {**GREEDY, "logprobs": 3},
+    "prompt logprobs": {**GREEDY, "prompt_logprobs": 2},
+    "thinking budget": {**GREEDY, "thinking_token_budget": 2},
+}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "n-gram drafts": ONE_TOKEN,
+    "n-gram drafts, JSON schema": {**GREEDY, "json": TEXT},
+    "n-gram drafts, thinking budget": {**ONE_TOKEN, "thinking_token_budget": 90},
+}
+KINDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
+    "asynchronous": (MAIN, {}),
+    "synchronous": (
+        {name: MAIN[name] for name in ("greedy", "JSON schema", "logprobs")},
+        {"async_scheduling": False},
+    ),
+    "drafts": (
+        DRAFTS,
+        {
+            "async_scheduling": False,
+            "speculative_config": {
+                "method": "ngram",
+                "num_speculative_tokens": 3,
+                "prompt_lookup_max": 3,
+                "prompt_lookup_min": 2,
+            },
+        },
+    ),
+}
+
+
+def main() -> None:
+    """Serve questions of one kind: boot, and audit some features."""
+    serve({"audit": audit})
+
+
+def audit(kind: str, features: list[str] | None = None) -> dict[str, Any]:
+    """Boot an engine of a kind and watch each of its features.
+
+    Args:
+        kind: Of `KINDS`.
+        features: Some of that kind's; default all.
+
+    Returns:
+        ``runner``, its module; ``asynchronous``, how it schedules; ``features``, by
+        name what `observe` gives.
+    """
+    known, options = KINDS[kind]
+    with PretendDevice() as device, _engine(device, **options) as llm:
+        runner = engine.model_runner(llm)
+        return {
+            "runner": type(runner).__mro__[1].__module__,
+            "asynchronous": (
+                llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+            ),
+            "features": {
+                name: observe(llm.llm_engine, device, known[name])
+                for name in features or known
+            },
+        }
+
+
+@contextmanager
+def _engine(device: PretendDevice, **options: Any) -> Iterator[Any]:
+    """An ``LLM`` with a model as small as vLLM takes it, its graphs captured."""
+    from vllm.config.reasoning import ReasoningConfig
+    from vllm.platforms.cpu import CpuPlatform
+
+    from vllm_ext_cpulane.tinymodel import write_model
+
+    engine._put_on_device()
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(cls: type, config: Any) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = options.get("async_scheduling", True)
+
+    with ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="vllm-ext-audit-")
+        )
+        stack.enter_context(
+            mock.patch.object(
+                CpuPlatform,
+                "check_and_update_config",
+                classmethod(check_and_update_config),
+            )
+        )
+        model = write_model(
+            *(folder, VOCABULARY), layers=1, tokenizer=True, weights=True
+        )
+        llm = stack.enter_context(
+            engine.booted(
+                device,
+                model=str(model),
+                block_size=BLOCK_SIZE,
+                reasoning_config=ReasoningConfig(**THINKING),
+                structured_outputs_config={"backend": "xgrammar"},
+                enable_prefix_caching=False,
+                **options,
+            )
+        )
+        yield llm
+
+
+def observe(llm_engine: Any, device: PretendDevice, wanted: dict[str, Any]) -> Any:
+    """Let requests arrive, decode and leave.
+
+    Returns:
+        ``steps``, how many were steady; ``waits`` and ``events`` of those steps, and
+        ``first``, the waits of all others, as `_sites` gives them; ``submitted``, per
+        steady step, how often each kind of thing was submitted: a number, or the
+        least and the most.
+
+    Raises:
+        ValueError: The requests do not decode for long enough.
+    """
+    ids = [str(index) for index in range(REQUESTS)]
+    for index, name in enumerate(ids):
+        prompt = {"prompt_token_ids": _prompt(index)}
+        llm_engine.add_request(name, prompt, _parameters(wanted, index))
+    before, steady, after = [], [], []
+    given = dict.fromkeys(ids, 0)
+    deadline = time.monotonic() + PATIENCE
+    while llm_engine.has_unfinished_requests():
+        if time.monotonic() > deadline:
+            raise ValueError(f"no {WARM} tokens in {PATIENCE} s for {wanted}")
+        with watch(device) as found:
+            answers = llm_engine.step()
+        if min(given.values()) < WARM:
+            before.append(found)
+        elif len(steady) < STEADY:
+            steady.append(found)
+        else:
+            after.append(found)
+        for answer in answers:
+            given[answer.request_id] = len(answer.outputs[0].token_ids)
+        if len(steady) == STEADY and not after:
+            llm_engine.abort_request(ids)
+    if len(steady) < STEADY:
+        raise ValueError(f"done after {len(steady)} steady steps: {wanted}")
+    return {
+        "steps": STEADY,
+        "waits": _sites(wait for found in steady for wait in found.waits),
+        "events": _sites(wait for found in steady for wait in found.events),
+        "first": _sites(wait for found in before + after for wait in found.waits),
+        "submitted": _per_step(steady),
+    }
+
+
+def _prompt(index: int) -> list[int]:
+    """Text that repeats itself, which begins by thinking."""
+    thinks = [byte - ord("a") + 68 for byte in b"<think>"]  # the toy tokenizer's
+    return [1, *thinks, *([70, 71 + index] * 4), 70, 70, 70]
+
+
+def _parameters(wanted: dict[str, Any], index: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = {"max_tokens": 60, "ignore_eos": True, **wanted}
+    if "seed" in params:
+        params["seed"] += index
+    schema = params.pop("json", None)
+    if schema:
+        params["structured_outputs"] = StructuredOutputsParams(json=schema)
+    return SamplingParams(detokenize=False, **params)
+
+
+def _sites(waits: Iterable[Wait]) -> list[dict[str, Any]]:
+    """Waits by the line that is to blame, and how often."""
+    counted = Counter(waits)
+    return [
+        {
+            "file": wait.where.path,
+            "line": wait.where.line,
+            "function": wait.where.function,
+            "text": wait.where.text,
+            "why": f"{wait.op} {wait.why}",
+            "times": times,
+        }
+        for wait, times in counted.items()
+    ]
+
+
+def _per_step(rounds: list[Found]) -> dict[str, Any]:
+    steps = [found.counts for found in rounds]
+    return {
+        kind: steps[0][kind]
+        if len({step[kind] for step in steps}) == 1
+        else [min(step[kind] for step in steps), max(step[kind] for step in steps)]
+        for kind in steps[0]
+    }
+
+
+if __name__ == "__main__":
+    main()
