@@ -147,7 +147,7 @@ class HostLoop:
                     self._step()
             for _ in range(WARM_UP_STEPS):
                 self._step()
-        self._decode(WARM_UP_STEPS)
+        self.decode(WARM_UP_STEPS)
 
     def count(self, steps: int) -> dict[str, Any]:
         """Submissions of the most common of ``steps`` decode steps.
@@ -160,7 +160,7 @@ class HostLoop:
         kinds = {}
         for _ in range(steps):
             with self._submissions() as counted:
-                self._decode(1)
+                self.decode(1)
             names = tuple(sorted(counted.names.items()))
             seen[names] += 1
             kinds[names] = counted.kinds
@@ -191,9 +191,9 @@ class HostLoop:
         for holder, name in timed:
             setattr(holder, name, _timed(getattr(holder, name), clocks[name]))
         try:
-            self._decode(settling)
+            self.decode(settling)
             for _ in range(2 * steps):
-                self._decode(1)
+                self.decode(1)
                 if self._disturbed[settling:].count(False) == steps:
                     break
         finally:
@@ -217,7 +217,7 @@ class HostLoop:
     def _step(self) -> None:
         self._core.step_fn()
 
-    def _decode(self, steps: int) -> None:
+    def decode(self, steps: int) -> None:
         """Run ``steps`` steps, each of which must be a decode step of every request."""
         replays = self._replays
         for _ in range(steps):

@@ -16,6 +16,7 @@ class Verdict:
         outcome: Proven, and where; or not.
         detail: What was counted; or why not, naming operation and line. One line.
         evidence: Path of the result file; always given for "proven on GPU".
+        fault: Something is wrong, rather than merely not known.
     """
 
     instrument: str
@@ -23,3 +24,4 @@ class Verdict:
     outcome: Outcome
     detail: str
     evidence: str = ""
+    fault: bool = False
