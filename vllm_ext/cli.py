@@ -115,6 +115,11 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     if [*first] == ["bench"]:
         _load("hostbench", added)
 
+    text = "proofs without a GPU: waits, graphs, races, resources, compilations"
+    added = commands.add_parser("prove", help=text, description=text)
+    if [*first] == ["prove"]:
+        _load("prove.command", added)
+
     added = command(
         "bisect", _bisect, "find the patch that makes a command fail: bisect -- CMD"
     )

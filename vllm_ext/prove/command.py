@@ -1,0 +1,137 @@
+"""``vllm-ext prove``: judge every patch and kernel without a GPU, a line for each."""
+
+import argparse
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vllm_ext import doctor, jsonfile
+from vllm_ext.children import ChildError
+from vllm_ext.hostbench import CannotRunError
+from vllm_ext.patching.fingerprint import SourceError
+from vllm_ext.prove.verdict import Verdict
+
+INSTRUMENTS = {
+    "syncs": "what makes the host wait for the device, with file and line",
+    "graphs": "what a CUDA graph bakes in, and what its replay would read",
+    "races": "kernels: accesses out of bounds, and races between programs",
+    "kernels": "kernels: registers, spills, shared memory, width of loads",
+    "compiles": "what is compiled while decoding, after warm-up",
+}
+KNOWN = ("0.32.", "0.33.")  # versions of vLLM that the instruments were made for
+WIDTH = 100
+
+Say = Callable[[str], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The instruments, and the options of each."""
+    kinds = parser.add_subparsers(required=True, metavar="INSTRUMENT")
+    texts = {"all": "every instrument over every patch and kernel", **INSTRUMENTS}
+    for name, text in texts.items():
+        added = kinds.add_parser(name, help=text, description=text)
+        added.set_defaults(instrument=name)
+        added.add_argument("--json", action="store_true", help="print JSON")
+        if name == "syncs":
+            added.add_argument(
+                "--write", metavar="FILE", help="write the audit, as Markdown"
+            )
+        if name == "graphs":
+            added.add_argument(
+                "--write", metavar="FILE", help="write what moves, as Markdown"
+            )
+            added.add_argument(
+                "--html", metavar="FILE", help="draw the captured step on a page"
+            )
+        if name == "kernels":
+            added.add_argument(
+                "--update", action="store_true", help="accept what is found now"
+            )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge, print, and write what was asked for; the exit status."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {text}", file=sys.stderr)
+
+    files = [getattr(args, name, None) for name in ("write", "html")]
+    try:
+        for file in filter(None, files):
+            jsonfile.check(Path(file))
+        if any(files):
+            for name in ("write", "html"):
+                if getattr(args, name, None):
+                    _write(args.instrument, name, getattr(args, name), say)
+            return 0
+    except (CannotRunError, ChildError, jsonfile.CannotWriteError, OSError) as error:
+        print(f"vllm-ext: {error}", file=sys.stderr)
+        return 1
+    names = list(INSTRUMENTS) if args.instrument == "all" else [args.instrument]
+    found = [
+        verdict
+        for name in names
+        for verdict in judge(name, say, update=getattr(args, "update", False))
+    ]
+    print(
+        json.dumps([asdict(each) for each in found], indent=1)
+        if args.json
+        else table(found)
+    )
+    return 1 if any(each.fault for each in found) else 0
+
+
+def _write(instrument: str, what: str, file: str, say: Say) -> None:
+    module = import_module(f"vllm_ext.prove.{instrument}")
+    getattr(module, what)(Path(file), say)
+    say(f"wrote {file}")
+
+
+def judge(instrument: str, say: Say, *, update: bool = False) -> list[Verdict]:
+    """What one instrument says; that it cannot be used is a verdict too."""
+    try:
+        version = doctor.open_source(None).version
+        if not version.startswith(KNOWN):
+            raise CannotRunError(
+                f"prove knows vLLM {' and '.join(f'{each}x' for each in KNOWN)}, "
+                f"here is {version}: install one of them"
+            )
+        module: Any = import_module(f"vllm_ext.prove.{instrument}")
+        options = {"update": update} if instrument == "kernels" else {}
+        answers: list[Verdict] = partial(module.verdicts, **options)(say)
+        return answers
+    except ModuleNotFoundError as error:
+        why = (
+            f"needs {error.name}, which comes with vLLM; in a checkout, run make setup"
+        )
+    except (CannotRunError, ChildError, SourceError) as error:
+        why = str(error).splitlines()[0]
+    return [Verdict(instrument, "everything", "not proven", why, fault=True)]
+
+
+def table(found: Sequence[Verdict]) -> str:
+    """A line for each verdict, by instrument."""
+    subjects = max((len(each.subject) for each in found), default=0) + 2
+    lines = []
+    for each in found:
+        mark = "FAULT" if each.fault else each.outcome
+        head = f"{each.instrument:<10}{each.subject:<{subjects}}{mark:<15}"
+        detail = f"{each.detail}; {each.evidence}" if each.evidence else each.detail
+        indent = " " * (10 + 4)
+        lines += textwrap.wrap(head + detail, WIDTH, subsequent_indent=indent) or [head]
+    counts = {
+        outcome: sum(each.outcome == outcome for each in found)
+        for outcome in ("proven on GPU", "proven on CPU", "not proven")
+    }
+    faults = sum(each.fault for each in found)
+    total = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
+    lines.append(f"{total}; {faults} faults" if faults else total)
+    return "\n".join(lines)
