@@ -559,7 +559,7 @@ class Graph(pretend.Capture):
         lost = [*self._reusable, *self._shared]
         for later in self._later:
             lost += [each for each in later.memories if each.kept is not None]
-        operation = Operation("launch", "CUDAGraph.replay", pretend.where())
+        operation = Operation("graph", "CUDAGraph.replay", pretend.where())
         device.submit(operation, self._run, kept, lost, sent)
 
     def _check_alive(self) -> None:
@@ -1099,11 +1099,12 @@ def describe(captured: Graph, moving: Sequence[Difference] = ()) -> dict[str, An
     moves = {(each.position, each.argument) for each in moving}
 
     def argument(position: int, name: str, value: Any) -> dict[str, Any]:
-        text = value if isinstance(value, str) else str(getattr(value, "tensor", ""))
         memory = None
         if isinstance(value, Address):
             memory = place[value.memory]
             text = value.layout + (f" +{value.offset}" if value.offset else "")
+        else:
+            text = str(value.tensor) if isinstance(value, Baked) else value
         moved = (position, name) in moves
         return {"name": name, "text": text, "memory": memory, "moves": moved}
 

@@ -53,7 +53,7 @@ POISON = 0xFF  # as float NaN, as integer -1
 EVENT_WAIT = "Event.synchronize"
 HOST = torch.device("cpu")
 
-Kind = Literal["launch", "triton", "h2d", "d2h", "sync"]
+Kind = Literal["launch", "triton", "graph", "h2d", "d2h", "sync"]
 
 aten = torch.ops.aten
 
@@ -113,8 +113,8 @@ class Operation:
     """Something that the host asks of the device.
 
     Attributes:
-        kind: ``launch`` (aten or custom operation), ``triton``, ``h2d``, ``d2h``, or
-            ``sync`` for what does nothing but wait.
+        kind: ``launch`` (aten or custom operation), ``triton``, ``graph`` (a replay),
+            ``h2d``, ``d2h``, or ``sync`` for what does nothing but wait.
         name: Operation or kernel.
         where: The line that asked.
         wait: Why the host has to wait for the device here; empty if it does not.

@@ -7,7 +7,7 @@ for the host. `watch` names every such wait, and counts what was submitted:
     with PretendDevice() as device, watch(device) as found:
         ids = logits.argmax(-1).tolist()
     found.waits[0]  # d2h to copies to the host and blocks at f.py:7 in f | ids = ...
-    found.counts    # {"launch": 1, "triton": 0, "h2d": 0, "d2h": 1}
+    found.counts    # {"launch": 1, "triton": 0, "graph": 0, "h2d": 0, "d2h": 1}
 
 Waiting for an event is told apart, in ``found.events``: the host waits for one point
 of the device's work, and one such wait per step is what a decode step needs.
@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_ext.prove.pretend import EVENT_WAIT, Operation, PretendDevice, Where, where
 
-KINDS = ("launch", "triton", "h2d", "d2h")
+KINDS = ("launch", "triton", "graph", "h2d", "d2h")
 CUDA_WARNING = "called a synchronizing CUDA operation"
 
 aten = torch.ops.aten
