@@ -21,12 +21,15 @@ from unittest import mock
 
 from vllm_ext import gpupath
 from vllm_ext.children import serve
+from vllm_ext.patches import SERIES
 from vllm_ext.prove import engine, graphs
 from vllm_ext.prove.pretend import PretendDevice, Stream
+from vllm_ext.testing import applied
 
 SEATS = 4
-STEADY = 4  # steps captured before a request is replaced by another, and after
-WARM = 4  # steps before the first capture
+STEADY = 3  # steps captured before a request is replaced by another, and after
+WARM = 3  # steps before the first capture
+STOCK = "stock"
 # Greedy and sampled rows in one batch, at several temperatures. The last one waits
 # until the one before has ended.
 REQUESTS: tuple[dict[str, Any], ...] = (
@@ -36,7 +39,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "seed": 3, "max_tokens": WARM + STEADY},
     {"temperature": 1.1, "seed": 4},
 )
-MAX_TOKENS = WARM + 2 * STEADY + 6
+MAX_TOKENS = WARM + 2 * STEADY + 4
 
 EVERY_STEP = "every step"
 ON_BLOCK = "when a block is appended"
@@ -57,38 +60,56 @@ def main() -> None:
     serve({"look": look})
 
 
-def look() -> dict[str, Any]:
-    """Decode `REQUESTS` twice, as vLLM does and out of graphs.
+def look(patches: list[str], stock: bool = True) -> dict[str, dict[str, Any]]:
+    """Decode `REQUESTS` with steps run out of graphs, once for each patch.
+
+    Args:
+        patches: Each is applied alone.
+        stock: Look at vLLM without patches too, and decode without graphs.
 
     Returns:
-        ``tokens``: of each request; ``same``: whether they came out of graphs too;
-        ``steps``: how many were captured; ``unwritten``: `graphs.Graph.unwritten` of
-        all; ``dead``: how many arguments of the first graph were freed by the time of
-        the last; ``moving``: a record per argument that moves, see `_moving`;
-        ``graph``: the first capture, as `graphs.describe` has it.
+        By patch, stock under `STOCK`: ``tokens`` of each request; ``eager``, those
+        without graphs, for stock; ``steps``, how many were captured; ``calls`` of the
+        patch; ``launches`` of the first graph by kind; ``unwritten`` as
+        `graphs.Graph` has it, of all graphs; ``freed``, how many arguments of the
+        first graph are freed memory in the end; ``moving``, see `_moving`;
+        ``graph``, the first one as `graphs.describe` has it, with what moves from it
+        to the second.
     """
     with PretendDevice() as device, engine.booted(device) as llm:
         runner = engine.model_runner(llm)
         gpupath.graphs_that_replay(runner)
-        stock = _decode(llm, "eager")
-        captured: list[Step] = []
-        with _captured_steps(runner, device, captured):
-            replayed = _decode(llm, "replayed")
-        first = captured[0].graph
-        try:
-            first.replay()
-            dead = 0
-        except graphs.DeadInput as error:
-            dead = len(str(error).splitlines())
-        return {
-            "tokens": stock,
-            "same": stock == replayed,
-            "steps": len(captured),
-            "unwritten": [line for step in captured for line in step.graph.unwritten],
-            "dead": dead,
-            "moving": _moving(captured),
-            "graph": graphs.describe(first, graphs.diff(first, captured[1].graph)),
-        }
+        found = {}
+        if stock:
+            eager = _decode(llm, "eager")
+            found[STOCK] = _finding(llm, device, STOCK) | {"eager": eager, "calls": 0}
+        for patch in SERIES:
+            if patch.name in patches:
+                with applied(patch) as outcome:
+                    found[patch.name] = _finding(llm, device, patch.name)
+                found[patch.name]["calls"] = sum(outcome.calls.values())
+        return found
+
+
+def _finding(llm: Any, device: PretendDevice, name: str) -> dict[str, Any]:
+    captured: list[Step] = []
+    with _captured_steps(engine.model_runner(llm), device, captured):
+        tokens = _decode(llm, name)
+    first, second = (step.graph for step in captured[:2])
+    try:
+        first.replay()
+        freed = 0
+    except graphs.DeadInput as error:
+        freed = len(str(error).splitlines())
+    return {
+        "tokens": tokens,
+        "steps": len(captured),
+        "launches": first.counts(),
+        "unwritten": [line for step in captured for line in step.graph.unwritten],
+        "freed": freed,
+        "moving": _moving(captured),
+        "graph": graphs.describe(first, graphs.diff(first, second)),
+    }
 
 
 @contextmanager
