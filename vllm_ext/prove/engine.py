@@ -162,6 +162,7 @@ def _build_runners_on_device() -> None:
             def warming_up_model(self) -> None:
                 """The worker of the CPU asks for it; eager engines have no need."""
 
+        OnDevice.__module__ = stock.__module__  # patches ask whose runner it is
         return OnDevice
 
     cpu_worker.CPUModelRunner = on_device(V1)
