@@ -46,8 +46,9 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 from weakref import WeakSet
@@ -58,10 +59,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from vllm_ext import hostbench
+from vllm_ext.children import Child
+from vllm_ext.patches import SERIES
 from vllm_ext.prove import pretend
 from vllm_ext.prove.pretend import POISON, Operation, Stream, Where, current, data_of
+from vllm_ext.prove.verdict import Verdict
 
 aten = torch.ops.aten
+
+STOCK = "stock"
+EVERY_STEP = "every step"
 
 # Write their first argument whole, without reading it.
 FILLING = {
@@ -120,6 +128,7 @@ class Memory:
         where: Where it was allocated, or first used.
         pinned: The host's own memory, which it may write at any time.
         kept: The storage itself, for the graph's own memory.
+        nth: How much of the graph's own memory the same line had allocated before.
     """
 
     label: str
@@ -131,6 +140,12 @@ class Memory:
     pinned: bool
     weak: StorageWeakRef
     kept: Any = None
+    nth: int = 0
+
+    @property
+    def birth(self) -> tuple[Where, int]:
+        """The same in two captures of the same code."""
+        return self.where, self.nth
 
     @property
     def identity(self) -> int:
@@ -344,6 +359,7 @@ class Graph(pretend.Capture):
         self._later: WeakSet[Graph] = WeakSet()
         self._counts = {"in": itertools.count(), "own": itertools.count()}
         self._error = ""
+        self._births: Counter[Where] = Counter()
         self._pool: Hashable = None
         self._clocks: dict[Stream, dict[Stream, int]] = {}
         self._events: dict[Any, dict[Stream, int]] = {}
@@ -500,16 +516,22 @@ class Graph(pretend.Capture):
         known = self._memories.get(storage._cdata)
         if known is None:
             kind = "in" if kept is None else "own"
+            where = pretend.where()
+            nth = 0
+            if kept is not None:
+                nth = self._births[where]
+                self._births[where] += 1
             known = self._memories[storage._cdata] = Memory(
                 f"{kind}{next(self._counts[kind])}",
                 tuple(data.shape),
                 _short(data.dtype),
-                pretend.where(),
+                where,
                 storage.data_ptr(),
                 storage.nbytes(),
                 hasattr(storage, "pretend_pinned"),
                 StorageWeakRef(storage),
                 kept,
+                nth,
             )
         return known
 
@@ -940,7 +962,8 @@ class Difference:
 def diff(first: Graph, second: Graph) -> list[Difference]:
     """Every launch that only one of two captures has, or that differs.
 
-    Memory that a graph allocated itself is the same if it is as old in its graph.
+    Memory that a graph allocated itself is the same if the same line allocated it, and
+    as often before.
     """
     keys = [
         [(node.name, node.where) for node in captured.nodes]
@@ -1001,8 +1024,9 @@ def _compare(position: int, node: Node, other: Node) -> Iterator[Difference]:
 
 
 def _base(address: Address) -> Any:
+    """The same for the same memory: of a graph's own, for what one line allocated."""
     memory = address.memory
-    return memory.label if memory.kept is not None else memory.identity
+    return memory.birth if memory.kept is not None else memory.identity
 
 
 def _place(address: Address) -> str:
@@ -1132,3 +1156,159 @@ def describe(captured: Graph, moving: Sequence[Difference] = ()) -> dict[str, An
             for position, node in enumerate(captured.nodes)
         ],
     }
+
+
+# -- for the command line --------------------------------------------------------------
+
+
+def verdicts(say: Callable[[str], None]) -> list[Verdict]:
+    """Each patch's decode step out of graphs, and stock's as one graph.
+
+    Raises:
+        CannotRunError: There is no CPU lane.
+        ChildError: An engine failed.
+    """
+    found = look(say, patches=True)
+    stock = found.pop(STOCK)
+    return [
+        judge_stock(stock),
+        *(judge_patch(name, entry, stock) for name, entry in found.items()),
+    ]
+
+
+def write(path: Path, say: Callable[[str], None]) -> None:
+    """Write `work_list` of the stock step to ``path``."""
+    path.write_text(work_list(look(say, patches=False)[STOCK]))
+
+
+def html(path: Path, say: Callable[[str], None]) -> None:
+    """Draw the stock step on a page."""
+    from vllm_ext.prove import page
+
+    path.write_text(page.draw(look(say, patches=False)[STOCK]))
+
+
+def look(say: Callable[[str], None], *, patches: bool) -> dict[str, dict[str, Any]]:
+    """What `vllm_ext.prove.stepgraph.look` finds, from two engines at once.
+
+    Args:
+        say: Is told how far it is.
+        patches: Look at the step of each patch, too.
+    """
+    names = [patch.name for patch in SERIES] if patches else []
+    half = len(names) // 2
+    environment = hostbench.environment("interpret")
+    # Patches are applied in turn; the engine's own setting sizes its KV cache.
+    environment |= {"VEXT": "0", "VLLM_CPU_KVCACHE_SPACE": None}
+    with ExitStack() as stack:
+        children = []
+        for share, stock in ((names[:half], True), (names[half:], False)):
+            if share or stock:
+                child = Child("vllm_ext.prove.stepgraph", environment, "the engine")
+                stack.callback(child.close)
+                child.tell("look", patches=share, stock=stock)
+                children.append(child)
+        say("capturing decode steps of a real engine on the pretend device")
+        answers = [child.hear() for child in children]
+    return {name: entry for answer in answers for name, entry in answer.items()}
+
+
+def judge_stock(entry: dict[str, Any]) -> Verdict:
+    """Whether the stock step is one graph today."""
+    steady = [each for each in entry["moving"] if each["when"] == EVERY_STEP]
+    wrong = _wrong(entry, entry["eager"])
+    if wrong:
+        return Verdict("graphs", "the stock step", "not proven", wrong, fault=True)
+    if steady:
+        buffers = Counter(each["buffer"] or each["operation"] for each in steady)
+        shown = ", ".join(f"{name} x{count}" for name, count in buffers.items())
+        detail = f"not one graph: {len(steady)} arguments move every step: {shown}"
+        return Verdict("graphs", "the stock step", "not proven", detail)
+    return Verdict("graphs", "the stock step", "proven on CPU", _replayed(entry))
+
+
+def judge_patch(name: str, entry: dict[str, Any], stock: dict[str, Any]) -> Verdict:
+    """Whether a patch's step gives stock's tokens out of graphs, and what it moves."""
+    wrong = _wrong(entry, stock["eager"])
+    if wrong:
+        return Verdict("graphs", name, "not proven", wrong, fault=True)
+    if not entry["calls"]:
+        return Verdict("graphs", name, "not proven", "not called in this decode step")
+    changes = Counter(_changes(entry["moving"], stock["moving"]))
+    steady, before = (
+        sum(each["when"] == EVERY_STEP for each in found["moving"])
+        for found in (entry, stock)
+    )
+    detail = f"{_replayed(entry)}; moving every step: {before} -> {steady}"
+    shown = [f"{what} x{count}" for what, count in changes.items()]
+    return Verdict("graphs", name, "proven on CPU", "; ".join([detail, *shown]))
+
+
+def _changes(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[str]:
+    """How what moves differs from stock: the buffer, and since when it does."""
+
+    def by_place(moving: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        keys = ("operation", "argument", "kind")
+        return {tuple(each[key] for key in keys): each for each in moving}
+
+    after, before = by_place(mine), by_place(theirs)
+    for place in dict.fromkeys((*before, *after)):
+        now, then = after.get(place), before.get(place)
+        name = (then or now or {})["buffer"] or place[0]
+        if now is None:
+            yield f"{name} no more"
+        elif then is None:
+            yield f"{name} new, {now['when']}"
+        elif now["when"] != then["when"]:
+            yield f"{name} only {now['when']}"
+
+
+def _wrong(entry: dict[str, Any], tokens: list[list[int]]) -> str:
+    if entry["tokens"] != tokens:
+        return "tokens out of graphs differ from those of stock without graphs"
+    return str(entry["unwritten"][0]) if entry["unwritten"] else ""
+
+
+def _replayed(entry: dict[str, Any]) -> str:
+    tokens = sum(map(len, entry["tokens"]))
+    launches = sum(entry["launches"].values())
+    return (
+        f"{entry['steps']} captured steps of {launches} launches replay to stock's "
+        f"{tokens} tokens"
+    )
+
+
+def work_list(entry: dict[str, Any]) -> str:
+    """What keeps the stock step from being one graph, as Markdown."""
+    lines = [
+        "# What keeps the decode step from being one CUDA graph",
+        "",
+        "Written by `vllm-ext prove graphs --write docs/step-graph-work-list.md`, and",
+        "checked by its test: do not edit. Decode steps of stock vLLM's Model Runner",
+        "V2, from the block tables to `post_update`, were captured on the pretend",
+        "device and compared. Listed is what a graph captured once would get wrong.",
+        "The host's two copies in front of the step and the copy of the tokens behind",
+        "it are not part of it.",
+        "",
+    ]
+    for when in dict.fromkeys(each["when"] for each in entry["moving"]):
+        moving = [each for each in entry["moving"] if each["when"] == when]
+        lines += [
+            f"## {when[0].upper()}{when[1:]}: {len(moving)}",
+            "",
+            "| buffer | argument | of | at | why |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {each['buffer'] or '-'} | {each['argument'] or '-'} "
+                f"| `{each['operation']}` | {each['where']} | {each['why']} |"
+                for each in moving
+            ),
+            "",
+        ]
+    launches = ", ".join(f"{n} {kind}" for kind, n in entry["launches"].items())
+    lines += [
+        f"The captured step has {launches}. Run out of graphs made of them, the steps",
+        "give the tokens of steps that were not captured. Of the first graph's",
+        f"arguments, {entry['freed']} are freed memory once its step is over.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -13,8 +13,9 @@ forward pass is the one that vLLM's own graph for that batch size holds.
 Runs in a process of its own on the CPU lane, as a child of `vllm_ext.prove.graphs`.
 """
 
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -23,13 +24,14 @@ from vllm_ext import gpupath
 from vllm_ext.children import serve
 from vllm_ext.patches import SERIES
 from vllm_ext.prove import engine, graphs
+from vllm_ext.prove.graphs import EVERY_STEP, STOCK
 from vllm_ext.prove.pretend import PretendDevice, Stream
 from vllm_ext.testing import applied
 
 SEATS = 4
 STEADY = 3  # steps captured before a request is replaced by another, and after
 WARM = 3  # steps before the first capture
-STOCK = "stock"
+VOCABULARY = 512
 # Greedy and sampled rows in one batch, at several temperatures. The last one waits
 # until the one before has ended.
 REQUESTS: tuple[dict[str, Any], ...] = (
@@ -41,16 +43,20 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 )
 MAX_TOKENS = WARM + 2 * STEADY + 4
 
-EVERY_STEP = "every step"
 ON_BLOCK = "when a block is appended"
 ON_CHANGE = "when a request is replaced"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One captured step: its requests, whether one of them got a block, its graph."""
+    """One captured step.
 
-    requests: tuple[str, ...]
+    Attributes:
+        is_new: Its requests did not decode together in the step before.
+        got_block: One of them got a block.
+    """
+
+    is_new: bool
     got_block: bool
     graph: graphs.Graph
 
@@ -60,7 +66,7 @@ def main() -> None:
     serve({"look": look})
 
 
-def look(patches: list[str], stock: bool = True) -> dict[str, dict[str, Any]]:
+def look(patches: list[str], stock: bool) -> dict[str, dict[str, Any]]:
     """Decode `REQUESTS` with steps run out of graphs, once for each patch.
 
     Args:
@@ -76,7 +82,15 @@ def look(patches: list[str], stock: bool = True) -> dict[str, dict[str, Any]]:
         ``graph``, the first one as `graphs.describe` has it, with what moves from it
         to the second.
     """
-    with PretendDevice() as device, engine.booted(device) as llm:
+    from vllm_ext_cpulane.tinymodel import write_model
+
+    with ExitStack() as stack:
+        device = stack.enter_context(PretendDevice())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-ext-"))
+        model = write_model(
+            *(folder, VOCABULARY), layers=1, tokenizer=True, weights=True
+        )
+        llm = stack.enter_context(engine.booted(device, model=str(model)))
         runner = engine.model_runner(llm)
         gpupath.graphs_that_replay(runner)
         found = {}
@@ -123,17 +137,20 @@ def _captured_steps(
     hand_over, read_back = model_runner.async_tensor_h2d, model_runner.AsyncOutput
     stream = Stream()
     steps = 0
+    last: list[str] = []
     handed_over: list[Any] = []  # alive until the step has run
 
     def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
+        nonlocal steps, last
         steps += 1
         tokens = scheduled.num_scheduled_tokens
         decode = list(tokens.values()) == [1] * SEATS
-        if steps > WARM and decode and not scheduled.scheduled_new_reqs:
+        requests = list(tokens) if decode and not scheduled.scheduled_new_reqs else []
+        is_new, last = requests != last, requests
+        if steps > WARM and requests:
             blocks = scheduled.scheduled_cached_reqs.new_block_ids
             got_block = any(each is not None for each in blocks)
-            captured.append(Step(tuple(tokens), got_block, graphs.Graph()))
+            captured.append(Step(is_new, got_block, graphs.Graph()))
             stream.__enter__()
             captured[-1].graph.capture_begin()
         return execute(scheduled, *args, **kwargs)
@@ -205,7 +222,7 @@ def _moving(captured: list[Step]) -> list[dict[str, Any]]:
     """
 
     def when(one: Step, other: Step) -> str:
-        if one.requests != other.requests:
+        if one.is_new or other.is_new:
             return ON_CHANGE
         return ON_BLOCK if one.got_block or other.got_block else EVERY_STEP
 
