@@ -1,10 +1,12 @@
-"""One engine on the pretend device, asked feature by feature: the child of `audit`.
+"""One engine on the pretend device, feature by feature: the child of `audit`.
 
 Real vLLM, with the model runner that ``VLLM_USE_V2_MODEL_RUNNER`` names. Each feature
 gets requests of its own; the steps in which they only decode are watched apart from
-those in which they arrive.
+those in which they arrive and leave. First everything is stock, then patches are
+applied to the same engine.
 """
 
+import importlib
 import tempfile
 import time
 from collections import Counter
@@ -14,13 +16,17 @@ from typing import Any
 from unittest import mock
 
 from vllm_ext.children import serve
+from vllm_ext.patches import FINGERPRINTS, SERIES
+from vllm_ext.patching.engine import Engine, Outcome
+from vllm_ext.patching.fingerprint import Source, read_known
+from vllm_ext.plugin import PACKAGE, package_folder
 from vllm_ext.prove import engine
 from vllm_ext.prove.pretend import PretendDevice
 from vllm_ext.prove.syncs import Found, Wait, watch
 
 REQUESTS = 2
 WARM = 2  # tokens until all that is scheduled for a request is a decode
-STEADY = 3  # rounds that are watched then
+STEADY = 2  # rounds that are watched then
 PATIENCE = 60  # seconds
 BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
 VOCABULARY = 512
@@ -40,9 +46,10 @@ MAIN: dict[str, dict[str, Any]] = {
     "top-k": {**DRAWN, "top_k": 20},
     "top-p": {**DRAWN, "top_p": 0.8},
     "top-k, top-p": {**DRAWN, "top_k": 20, "top_p": 0.8},
-    "repetition penalty": {**GREEDY, "repetition_penalty": 1.2},
-    "presence penalty": {**GREEDY, "presence_penalty": 0.5},
-    "frequency penalty": {**GREEDY, "frequency_penalty": 0.5},
+    "three penalties": {
+        **{**GREEDY, "repetition_penalty": 1.2},
+        **{"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    },
     "logit bias": {**GREEDY, "logit_bias": {7: 2.0, 8: -2.0}},
     "allowed ids": {**DRAWN, "allowed_token_ids": [70, 71, 72]},
     "bad words": {**GREEDY, "bad_words": ["a", "bc"]},
@@ -59,27 +66,20 @@ MAIN: dict[str, dict[str, Any]] = {
 }
 DRAFTS: dict[str, dict[str, Any]] = {
     "n-gram drafts": ONE_TOKEN,
+    "n-gram drafts, logprobs": {**ONE_TOKEN, "logprobs": 3},
     "n-gram drafts, JSON schema": {**GREEDY, "json": TEXT},
     "n-gram drafts, thinking budget": {**ONE_TOKEN, "thinking_token_budget": 90},
 }
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 2,
+}
+# Features, and options of the engine. vLLM schedules n-gram drafts synchronously.
 KINDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "asynchronous": (MAIN, {}),
-    "synchronous": (
-        {name: MAIN[name] for name in ("greedy", "JSON schema", "logprobs")},
-        {"async_scheduling": False},
-    ),
-    "drafts": (
-        DRAFTS,
-        {
-            "async_scheduling": False,
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 3,
-                "prompt_lookup_max": 3,
-                "prompt_lookup_min": 2,
-            },
-        },
-    ),
+    "drafts": (DRAFTS, {"async_scheduling": False, "speculative_config": NGRAM}),
 }
 
 
@@ -88,30 +88,64 @@ def main() -> None:
     serve({"audit": audit})
 
 
-def audit(kind: str, features: list[str] | None = None) -> dict[str, Any]:
-    """Boot an engine of a kind and watch each of its features.
+def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
+    """Boot an engine of a kind and watch its features, stock and then patched.
 
     Args:
         kind: Of `KINDS`.
-        features: Some of that kind's; default all.
+        patches: Names of the patches that are applied, all at once.
+        patched: The features to watch again under them.
 
     Returns:
-        ``runner``, its module; ``asynchronous``, how it schedules; ``features``, by
-        name what `observe` gives.
+        ``runner``, its module; ``asynchronous``, how it schedules; ``stock`` and
+        ``patched``, by feature what `observe` gives; ``patches``, by name how often
+        its replacements were called, and ``aside``, how often they left a step to
+        stock code for which reason.
     """
-    known, options = KINDS[kind]
+    features, options = KINDS[kind]
     with PretendDevice() as device, _engine(device, **options) as llm:
+
+        def watched(names: Iterable[str]) -> dict[str, Any]:
+            return {
+                name: observe(llm.llm_engine, device, features[name]) for name in names
+            }
+
         runner = engine.model_runner(llm)
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        stock = watched(features)
+        outcomes = _apply(patches)
         return {
             "runner": type(runner).__mro__[1].__module__,
-            "asynchronous": (
-                llm.llm_engine.vllm_config.scheduler_config.async_scheduling
-            ),
-            "features": {
-                name: observe(llm.llm_engine, device, known[name])
-                for name in features or known
+            "asynchronous": scheduler.async_scheduling,
+            "stock": stock,
+            "patched": watched(patched),
+            "patches": {
+                outcome.patch.name: {
+                    "calls": sum(outcome.calls.values()),
+                    "aside": dict(outcome.aside),
+                }
+                for outcome in outcomes
             },
         }
+
+
+def _apply(names: list[str]) -> list[Outcome]:
+    """Apply patches by name, for as long as the process lasts.
+
+    Raises:
+        PatchError: One does not fit.
+    """
+    patcher = Engine(
+        Source(package_folder(), PACKAGE),
+        read_known(FINGERPRINTS),
+        count=True,
+        strict=True,
+    )
+    chosen = [patch for patch in SERIES if patch.name in names]
+    for patch in chosen:
+        for module in patch.modules:
+            importlib.import_module(module)
+    return [patcher.offer(patch) for patch in chosen]
 
 
 @contextmanager
