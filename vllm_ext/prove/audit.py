@@ -7,6 +7,7 @@ kept, so that a new wait shows up as a failing test.
 """
 
 import difflib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -20,6 +21,19 @@ from vllm_ext.hostbench import environment
 from vllm_ext.patches import SERIES
 from vllm_ext.prove.verdict import Verdict
 
+PREFACE = """
+Real engines with a tiny model on the pretend device
+([pretend.py](../vllm_ext/prove/pretend.py)), one feature at a time. Per steady decode
+step, stock and, where it differs, patched (`→`). A host wait stalls the host until the
+device has done all that was submitted; an event wait, until one copy is over. The
+forward pass is the replay of a graph; where `graph` is 0 it runs piece by piece, and
+its launches count. Blocks of the KV cache are large here: with 16 tokens per block,
+every 16th step of a request adds one Triton launch and one copy. Nothing ran on a GPU.
+"""
+ENDING = """
+"Seen" is what this audit came by, on stock vLLM. On a GPU `VLLM_GPU_SYNC_CHECK=error`
+raises where a step waits, which `make gpu` sets.
+"""
 COMMAND = "vllm-ext prove syncs --write docs/audit-syncs.md"
 BOTH_CORES = 2
 TIMEOUT = 600  # seconds; an engine needs a tenth of that on a quiet machine
@@ -30,7 +44,7 @@ Result = dict[str, dict[str, Any]]
 V2_PATCHES = [
     patch.name
     for patch in SERIES
-    if all(".worker.gpu." in module for module in patch.modules)
+    if any(".worker.gpu." in module for module in patch.modules)
 ]
 V1_PATCHES = [patch.name for patch in SERIES if patch.name not in V2_PATCHES]
 
@@ -146,7 +160,7 @@ SITES = (
     ),
     Site(
         *(GPU1, "_prepare_inputs", "V1, speculation: counts of accepted tokens"),
-        "an event; only hybrid models record it",
+        "an event that only hybrid models record: over at once for others",
     ),
     Site(
         *("vllm/v1/worker/gpu/spec_decode/utils.py", "get_draft_tokens"),
@@ -384,27 +398,13 @@ def _document(result: Result, runs: Sequence[Run]) -> Iterator[str]:
     version = doctor.open_source(None).version
     yield f"# What makes the host wait: vLLM {version}\n"
     yield f"Made by `{COMMAND}`; a test compares it with what is found now.\n"
-    yield (
-        "Real engines with a tiny model on the pretend device"
-        " ([pretend.py](../vllm_ext/prove/pretend.py)), one feature at a time.\n"
-        "Per steady decode step, stock and, where it differs, patched (`→`). A host"
-        " wait stalls the\nhost until the device has done all that was submitted; an"
-        " event wait, until one copy is over.\nThe forward pass is a replay of one"
-        " graph; without `graph`, it runs piece by piece, and its\nlaunches count."
-        " Blocks of the KV cache are large here: with 16 tokens per block, every 16th"
-        "\nstep of a request adds one Triton launch and one copy. No GPU was used.\n"
-    )
+    yield from textwrap.wrap(PREFACE.strip(), 88)
+    yield ""
     for run in runs:
         yield f"## {run.title}\n"
         yield from _table(result[run.title])
-        called = ", ".join(
-            f"`{name}` {each['calls']}"
-            for name, each in result[run.title]["patches"].items()
-        )
         if run.patched:
-            few = len(run.patched) < len(result[run.title]["stock"])
-            where = f" ({', '.join(run.patched)})" if few else ""
-            yield f"Calls of the patches{where}: {called}.\n"
+            yield _patches(run, result[run.title])
     yield "## Host waits of steady steps\n"
     yield from _places(result, runs, "waits")
     yield "## Host waits when requests arrive or leave, and at first use\n"
@@ -413,6 +413,18 @@ def _document(result: Result, runs: Sequence[Run]) -> Iterator[str]:
     yield from _places(result, runs, "events")
     yield "## Known places\n"
     yield from _sites(result)
+
+
+def _patches(run: Run, found: dict[str, Any]) -> str:
+    """What was applied, and in which features."""
+    names = [
+        f"`{name}`{'' if each['calls'] else ' (never called)'}"
+        for name, each in found["patches"].items()
+    ]
+    features = ", ".join(f"*{feature}*" for feature in run.patched)
+    few = len(run.patched) < len(found["stock"])
+    where = f", watched in {features}" if few else ""
+    return f"Patched: {', '.join(names)}{where}.\n"
 
 
 def _table(found: dict[str, Any]) -> Iterator[str]:
@@ -457,7 +469,8 @@ def _places(result: Result, runs: Sequence[Run], what: str) -> Iterator[str]:
                 for wait in each[what]:
                     if what == "first" and _place(wait) in steady:
                         continue
-                    key = _place(wait), f"`{wait['text']}`: {wait['why']}"
+                    why = "" if what == "events" else f": {wait['why']}"
+                    key = _place(wait), f"`{wait['text']}`{why}"
                     name = f"V{run.runner} {side}: {feature}"
                     features.setdefault(key, []).append(name)
     if not features:
@@ -503,11 +516,8 @@ def _sites(result: Result) -> Iterator[str]:
             f"| {mark} | {site.note} |"
         )
     yield ""
-    yield (
-        "On Model Runner V2 nothing is left to remove from a plain decode step but the"
-        " cost of what it\nsubmits. On a GPU, `VLLM_GPU_SYNC_CHECK=error` raises at"
-        " the same places, which `make gpu` uses.\n"
-    )
+    yield from textwrap.wrap(ENDING.strip(), 88)
+    yield ""
 
 
 def _times(waits: Sequence[dict[str, Any]]) -> int:

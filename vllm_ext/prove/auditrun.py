@@ -27,9 +27,10 @@ from vllm_ext.prove.syncs import Found, Wait, watch
 REQUESTS = 2
 WARM = 2  # tokens until all that is scheduled for a request is a decode
 STEADY = 2  # rounds that are watched then
-PATIENCE = 60  # seconds
+PATIENCE = 120  # seconds, for a grammar to be compiled on a busy machine
 BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
 VOCABULARY = 512
+GRAPH_SIZES = [REQUESTS, REQUESTS * 4]  # tokens; with three drafts each, and without
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 DRAWN: dict[str, Any] = {"temperature": 0.9, "seed": 1}
@@ -162,6 +163,8 @@ def _engine(device: PretendDevice, **options: Any) -> Iterator[Any]:
     def check_and_update_config(cls: type, config: Any) -> None:
         check(config)
         config.scheduler_config.async_scheduling = options.get("async_scheduling", True)
+        config.compilation_config.cudagraph_capture_sizes = GRAPH_SIZES
+        config.compilation_config.max_cudagraph_capture_size = GRAPH_SIZES[-1]
 
     with ExitStack() as stack:
         folder = stack.enter_context(
@@ -207,7 +210,9 @@ def observe(llm_engine: Any, device: PretendDevice, wanted: dict[str, Any]) -> A
     for index, name in enumerate(ids):
         prompt = {"prompt_token_ids": _prompt(index)}
         llm_engine.add_request(name, prompt, _parameters(wanted, index))
-    before, steady, after = [], [], []
+    before: list[Found] = []
+    steady: list[Found] = []
+    after: list[Found] = []
     given = dict.fromkeys(ids, 0)
     deadline = time.monotonic() + PATIENCE
     while llm_engine.has_unfinished_requests():

@@ -18,6 +18,8 @@ what that mode does not see, explicit synchronization and ``non_blocking`` copie
 pass through pageable memory. It counts nothing there. For a whole engine on a GPU,
 vLLM's own ``VLLM_GPU_SYNC_CHECK=error`` raises at the same operations.
 
+`vllm_ext.prove.audit` asks this of every sampling feature of vLLM.
+
 Limits: on the pretend device an operation waits if it is listed there
 (`vllm_ext.prove.pretend.READS` and what follows): what an operator library does inside
 a custom operation is not seen. Compiled code is not looked into on either.
@@ -34,7 +36,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_ext.prove.audit import verdicts, write
 from vllm_ext.prove.pretend import EVENT_WAIT, Operation, PretendDevice, Where, where
+
+__all__ = ["Found", "Wait", "verdicts", "watch", "write"]
 
 KINDS = ("launch", "triton", "graph", "h2d", "d2h")
 CUDA_WARNING = "called a synchronizing CUDA operation"

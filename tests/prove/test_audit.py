@@ -1,0 +1,249 @@
+"""The audit: what is kept in docs/audit-syncs.md is what engines do now.
+
+The engines boot once for this file, two at a time; everything else is judged on what
+they found, or on a result in which something was planted.
+"""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_ext.patches import SERIES
+from vllm_ext.prove import audit, auditrun, syncs
+from vllm_ext.prove.pretend import DEVICE, PretendDevice
+
+pytestmark = pytest.mark.vllm
+DOCUMENT = Path(__file__).parents[2] / "docs" / "audit-syncs.md"
+V2, V1, V2_DRAFTS, V1_DRAFTS = audit.RUNS
+RESTORED = "min_tokens, stop tokens, JSON schema"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return audit.gather(print)
+
+
+def waits(result, run, side, feature, what="waits"):
+    """Of a steady step, or ``first``: the function of each wait."""
+    return [wait["function"] for wait in result[run.title][side][feature][what]]
+
+
+# -- real engines ------------------------------------------------------------------
+
+
+def test_the_kept_document_is_what_is_found_now(result):
+    changed = audit.changes(DOCUMENT.read_text(), audit.document(result))
+    assert changed == [], f"read the difference, then: {audit.COMMAND}"
+
+
+def test_it_was_these_runners(result):
+    for run in audit.RUNS:
+        name = "vllm.v1.worker.gpu.model_runner"
+        expected = name if run.runner == 2 else "vllm.v1.worker.gpu_model_runner"
+        assert result[run.title]["runner"] == expected
+        assert result[run.title]["asynchronous"] == (run.kind == "asynchronous")
+
+
+def test_every_feature_was_watched(result):
+    assert list(auditrun.MAIN) == list(audit.MAIN)
+    assert list(auditrun.DRAFTS) == list(audit.DRAFTS)
+    for run in audit.RUNS:
+        features = audit.MAIN if run.kind == "asynchronous" else audit.DRAFTS
+        assert list(result[run.title]["stock"]) == list(features)
+
+
+def test_stock_v2_waits_for_nothing_but_its_output(result):
+    for run in (V2, V2_DRAFTS):
+        for feature, seen in result[run.title]["stock"].items():
+            assert seen["waits"] == [], feature
+            events = set(waits(result, run, "stock", feature, "events"))
+            grammar = run is V2_DRAFTS and "JSON" in feature
+            assert events == {"get_output"} | (
+                {"get_draft_tokens"} if grammar else set()
+            )
+
+
+def test_the_stock_samplers_raise_no_alarm(result):
+    """Neither runner's sampler waits in a steady step, but for what a patch repairs."""
+    for run in (V2, V1):
+        for feature, seen in result[run.title]["stock"].items():
+            in_sampler = [w for w in seen["waits"] if "/sample/" in w["file"]]
+            assert bool(in_sampler) == (run is V1 and feature == RESTORED), feature
+
+
+def test_the_first_use_of_top_k_waits_once_per_process(result):
+    for run in (V2, V1):
+        using = [
+            feature
+            for feature, seen in result[run.title]["stock"].items()
+            if "apply_top_k_top_p_triton" in [w["function"] for w in seen["first"]]
+        ]
+        assert using == ["top-k"]  # the first that uses it
+
+
+def test_the_patch_for_v1_takes_four_waits_away(result):
+    assert waits(result, V1, "stock", RESTORED) == 4 * ["_mask_stop_token_logits"]
+    assert waits(result, V1, "patched", RESTORED) == []
+
+
+def test_no_patched_step_submits_more(result):
+    for run in audit.RUNS:
+        for feature, patched in result[run.title]["patched"].items():
+            stock = result[run.title]["stock"][feature]["submitted"]
+            for kind, number in patched["submitted"].items():
+                assert number <= stock[kind], (run.title, feature, kind)
+
+
+def test_patches_submit_less_for_every_feature_of_v2(result):
+    for feature in audit.MAIN:
+        stock, patched = (
+            sum(result[V2.title][side][feature]["submitted"].values())
+            for side in ("stock", "patched")
+        )
+        assert patched < stock, feature
+
+
+def test_every_patch_has_a_verdict_and_is_proven(result):
+    verdicts = audit.judge(result)
+    assert {each.subject for each in verdicts} == {
+        *(patch.name for patch in SERIES),
+        *("stock Model Runner V1", "stock Model Runner V2"),
+    }
+    assert {each.outcome for each in verdicts} == {"proven on CPU"}
+    assert not any(each.fault for each in verdicts)
+    by_name = {each.subject: each.detail for each in verdicts}
+    assert (
+        "0 host waits in 34 steady steps over 17 features" in by_name["repeated_batch"]
+    )
+    assert f"{RESTORED} 4" in by_name["stock Model Runner V1"]
+
+
+# -- a result in which something was planted ----------------------------------------
+
+PLANTED = {
+    "file": "vllm/v1/sample/new.py",
+    "line": 7,
+    "function": "greedy",
+    "text": "flag = any_greedy.item()",
+    "why": "_local_scalar_dense reads a value",
+    "times": 2,
+}
+
+
+def planted(result, run, side, feature):
+    changed = copy.deepcopy(result)
+    changed[run.title][side][feature]["waits"].append(PLANTED)
+    return changed
+
+
+def verdict(result, subject):
+    [found] = [each for each in audit.judge(result) if each.subject == subject]
+    return found
+
+
+def test_a_wait_under_a_patch_is_a_fault_with_its_line(result):
+    found = verdict(planted(result, V2, "patched", "greedy"), "late_metadata")
+    assert (found.outcome, found.fault) == ("not proven", True)
+    assert found.detail == (
+        "greedy: _local_scalar_dense reads a value at v1/sample/new.py:7 `greedy`"
+    )
+
+
+def test_a_new_wait_in_stock_is_a_fault_with_its_line(result):
+    changed = planted(result, V2, "stock", "min-p")
+    found = verdict(changed, "stock Model Runner V2")
+    assert (found.outcome, found.fault) == ("not proven", True)
+    assert "1 waits that are not on record; min-p: _local_scalar_dense" in found.detail
+    assert verdict(changed, "stock Model Runner V1").outcome == "proven on CPU"
+    assert verdict(changed, "late_metadata").outcome == "proven on CPU"
+
+
+def test_a_patch_that_was_never_called_is_not_proven(result):
+    changed = copy.deepcopy(result)
+    changed[V2.title]["patches"]["late_metadata"]["calls"] = 0
+    found = verdict(changed, "late_metadata")
+    assert (found.outcome, found.fault) == ("not proven", False)
+    assert "never called" in found.detail
+
+
+def test_what_changed_is_named(result):
+    before = audit.document(result)
+    after = audit.document(planted(result, V2, "stock", "min-p"))
+    changed = audit.changes(before, after)
+    assert any(line.startswith("-| min-p | 0 | 1 |") for line in changed)
+    assert any(line.startswith("+| min-p | 1 → 0 | 1 |") for line in changed)
+    assert any("new.py:7 `greedy` | `flag = any_greedy.item()`" in x for x in changed)
+    assert audit.changes(before, before) == []
+
+
+# -- what a child does with one feature -----------------------------------------------
+
+
+class Decoding:
+    """Stands for an engine: a step adds a token to each request, and may wait."""
+
+    def __init__(self, device, waits_at):
+        self.device, self.waits_at = device, waits_at
+        self.tokens = {}
+        self.steps = 0
+
+    def add_request(self, name, prompt, params):
+        self.tokens[name] = []
+
+    def has_unfinished_requests(self):
+        return bool(self.tokens)
+
+    def abort_request(self, names):
+        self.tokens.clear()
+
+    def step(self):
+        self.steps += 1
+        number = torch.zeros(1, device=DEVICE)
+        if self.steps in self.waits_at:
+            number.item()
+        if self.steps == 1:  # asynchronous: there is nothing to hand out yet
+            return []
+        for tokens in self.tokens.values():
+            tokens.append(self.steps)
+        return [
+            SimpleNamespace(
+                request_id=name, outputs=[SimpleNamespace(token_ids=[*tokens])]
+            )
+            for name, tokens in self.tokens.items()
+        ]
+
+
+@pytest.mark.parametrize("waits_at", [(), (1,), (4,), (4, 5), (3, 5)])
+def test_steady_steps_are_told_from_the_others(waits_at):
+    with PretendDevice() as device:
+        engine = Decoding(device, waits_at)
+        seen = auditrun.observe(engine, device, {"temperature": 0.0})
+    assert engine.steps == 5  # one prefill, two tokens each, and two steady steps
+    times = {what: sum(w["times"] for w in seen[what]) for what in ("waits", "first")}
+    assert times["waits"] == len({4, 5} & {*waits_at})
+    assert times["first"] == len({1, 2, 3} & {*waits_at})
+    for wait in seen["waits"]:
+        assert wait["text"] == "number.item()"
+        assert wait["function"] == "step"
+    reads = [(4 in waits_at), (5 in waits_at)]
+    expected = reads[0] if reads[0] == reads[1] else [0, 1]
+    assert seen["submitted"] == {
+        **{"launch": 1, "triton": 0, "graph": 0, "h2d": 0},
+        "d2h": int(expected) if isinstance(expected, bool) else expected,
+    }
+
+
+def test_requests_that_end_too_early_say_so():
+    with PretendDevice() as device:
+        engine = Decoding(device, ())
+        engine.step = lambda: (Decoding.step(engine), engine.tokens.clear())[0]
+        with pytest.raises(ValueError, match="done after 0 steady steps"):
+            auditrun.observe(engine, device, {"temperature": 0.0})
+
+
+def test_the_command_asks_here():
+    assert syncs.verdicts is audit.verdicts
+    assert syncs.write is audit.write
