@@ -797,8 +797,13 @@ class _Run:
                     for byte in range(size):
                         flags[offsets + byte] = True
 
-        with _watching(load, store):
-            node.work(*tree_map(_restored, node.data))
+        try:
+            with _watching(load, store):
+                node.work(*tree_map(_restored, node.data))
+        except Exception as error:  # which the interpreter wraps
+            if isinstance(error.__cause__, GraphError):
+                raise error.__cause__ from None
+            raise
         node.reads = self._seen(node, loads, node.reads if node.observed else {})
         node.writes = self._seen(node, stores, node.writes if node.observed else {})
         node.observed = True
@@ -852,8 +857,8 @@ class _Run:
         found = list(_Index().find(np.array([address, address + size - 1])))
         if len(found) < 2:
             raise DeadInput(
-                f"{node}: follows a pointer into memory that is not the device's, or "
-                "was freed"
+                f"{node.name} follows a pointer into memory that is not the device's, "
+                f"or was freed, at {node.where} | {node.where.text}"
             )
         self._graph._memory(torch.empty(0, dtype=torch.uint8).set_(found[0][1]))
         self._order()
@@ -1084,7 +1089,7 @@ def graph_pool_handle() -> tuple[int, int]:
 
 # -- for people ----------------------------------------------------------------------
 
-# What torch calls arguments of any operation: no name for what is in them.
+# What torch calls the arguments of any operation: no name for what is in them.
 NAMELESS = {
     *("self", "other", "input", "target", "source", "result", "mat1", "mat2", "weight"),
     *("src", "index", "indices", "tensor", "tensors", "values", "mask", "out", "dst"),
@@ -1097,7 +1102,7 @@ def names(captured: Graph) -> dict[Memory, str]:
     for node in captured.nodes:
         for argument, address in node.addresses():
             name = argument.partition("[")[0].removesuffix("_ptr").removesuffix("_ptrs")
-            if name not in NAMELESS:
+            if node.kind == "triton" or name not in NAMELESS:
                 found.setdefault(address.memory, Counter())[name] += 1
     return {
         memory: found[memory].most_common(1)[0][0] if memory in found else memory.label
