@@ -66,7 +66,7 @@ def decode() -> dict[str, Any]:
     runner = core.model_executor.driver_worker.worker.model_runner
     graphs = gpupath.graphs_that_replay(runner)
     booted = time.monotonic()
-    answers, rounds = _run(engine)
+    answers, rounds = run(engine)
     return {
         "requests": answers,
         "steps": rounds,
@@ -94,7 +94,7 @@ def _build_engine() -> Any:
         ).llm_engine
 
 
-def _run(engine: Any) -> tuple[dict[str, Any], int]:
+def run(engine: Any) -> tuple[dict[str, Any], int]:
     from vllm import SamplingParams
 
     answers: dict[str, Any] = {}

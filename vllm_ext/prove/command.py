@@ -24,6 +24,7 @@ INSTRUMENTS = {
     "races": "kernels: accesses out of bounds, and races between programs",
     "kernels": "kernels: registers, spills, shared memory, width of loads",
     "compiles": "what is compiled while decoding, after warm-up",
+    "lag": "tokens on a device that is as far behind the host as code lets it be",
 }
 KNOWN = ("0.32.", "0.33.")  # versions of vLLM that the instruments were made for
 WIDTH = 100
