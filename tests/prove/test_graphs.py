@@ -11,7 +11,7 @@ from prove import graphs_planted
 from prove.graphs_planted import BAKED, REFUSED, ROWS, Toy, clean, line_of, pinned
 
 from vllm_ext.patches import CLEAN_SAMPLER_WRITES
-from vllm_ext.prove import graphs, pretend
+from vllm_ext.prove import graphs, page, pretend
 from vllm_ext.prove.graphs import (
     CaptureError,
     DeadInput,
@@ -761,6 +761,12 @@ def test_stock_as_one_graph_is_not_proven(stock):
         "not one graph: 12 arguments move every step: idx_mapping x8, num_blocks x1, "
         "temperature x2, seeds x1"
     )
+
+
+def test_the_page_has_every_launch(stock):
+    text = page.draw(stock)
+    assert text.count("<li data-reads") == sum(stock["launches"].values())
+    assert "<h2 class=moves>Moves between two captures <b>4</b></h2>" in text
 
 
 def entry(**changes):

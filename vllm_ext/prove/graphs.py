@@ -1091,7 +1091,7 @@ def graph_pool_handle() -> tuple[int, int]:
 
 # What torch calls the arguments of any operation: no name for what is in them.
 NAMELESS = {
-    *("self", "other", "input", "target", "source", "result", "mat1", "mat2", "weight"),
+    *("self", "other", "input", "target", "source", "result", "mat1", "mat2"),
     *("src", "index", "indices", "tensor", "tensors", "values", "mask", "out", "dst"),
 }
 
@@ -1104,6 +1104,9 @@ def names(captured: Graph) -> dict[Memory, str]:
             name = argument.partition("[")[0].removesuffix("_ptr").removesuffix("_ptrs")
             if node.kind == "triton" or name not in NAMELESS:
                 found.setdefault(address.memory, Counter())[name] += 1
+        for argument, at, _, target in node.tables:
+            name = f"{argument.removesuffix('_ptr').removesuffix('_ptrs')}[{at}]"
+            found.setdefault(target, Counter())[name] += 1
     return {
         memory: found[memory].most_common(1)[0][0] if memory in found else memory.label
         for memory in captured.memories
