@@ -5,7 +5,7 @@ TESTS ?=
 WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test early-warning gpu lint format types check bench-host compat docs wheel clean
+.PHONY: help setup demo test early-warning gpu lint format types check bench-host prove compat docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ types: setup  ## mypy on the package as it installs
 	@rm -rf build/typecheck
 	@.venv/bin/uv pip install -q --no-deps --no-build-isolation --target build/typecheck .
 	@MYPYPATH=build/typecheck $(RUN) -m mypy -p vllm_ext --python-executable $(RUN)
+
+prove: setup  ## what is proven of every patch and kernel without a GPU
+	@$(RUN) -m vllm_ext prove all $(ARGS)
 
 compat: setup  ## the fit of every patch on the vLLM versions at hand
 	@$(RUN) -m vllm_ext doctor

@@ -1,4 +1,4 @@
-"""The tables in README.md and patches/README.md that are made from the code.
+"""What README.md and other pages hold that is made from the code.
 
 ``python -m vllm_ext.tables`` writes them anew; ``tests/test_readme.py`` fails when they
 are not what it would write.
@@ -6,6 +6,7 @@ are not what it would write.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import textwrap
@@ -122,12 +123,30 @@ def host_cost() -> str:
     return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
 
+def docstring(module: str) -> Callable[[], str]:
+    """What a module of `vllm_ext.prove` says of itself: for docs/proofs.md."""
+
+    def read() -> str:
+        tree = ast.parse((ROOT / "vllm_ext" / "prove" / f"{module}.py").read_text())
+        text = ast.get_docstring(tree) or ""
+        return f"{text.replace('``', '`')}\n"
+
+    return read
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo_screen,
         "host": host_cost,
         "patches": patches,
         "variables": variables,
+    },
+    "docs/proofs.md": {
+        module: docstring(module)
+        for module in (
+            *("pretend", "syncs", "graphs", "races", "kernels", "compiles", "lag"),
+            "engine",
+        )
     },
     "patches/README.md": {"weights": weights, "stories": stories},
 }
