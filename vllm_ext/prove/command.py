@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,7 +26,6 @@ INSTRUMENTS = {
     "lag": "tokens on a device that is as far behind the host as code lets it be",
 }
 KNOWN = ("0.32.", "0.33.")  # versions of vLLM that the instruments were made for
-WIDTH = 100
 
 Say = Callable[[str], None]
 
@@ -115,19 +113,19 @@ def judge(instrument: str, say: Say, *, update: bool = False) -> list[Verdict]:
         )
     except (CannotRunError, ChildError, SourceError) as error:
         why = str(error).splitlines()[0]
+    except Exception as error:  # the other instruments go on
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
     return [Verdict(instrument, "everything", "not proven", why, fault=True)]
 
 
 def table(found: Sequence[Verdict]) -> str:
-    """A line for each verdict, by instrument."""
-    subjects = max((len(each.subject) for each in found), default=0) + 2
+    """A line for each verdict."""
+    width = max((len(each.subject) for each in found), default=0) + 2
     lines = []
     for each in found:
         mark = "FAULT" if each.fault else each.outcome
-        head = f"{each.instrument:<10}{each.subject:<{subjects}}{mark:<15}"
-        detail = f"{each.detail}; {each.evidence}" if each.evidence else each.detail
-        indent = " " * (10 + 4)
-        lines += textwrap.wrap(head + detail, WIDTH, subsequent_indent=indent) or [head]
+        detail = "; ".join(filter(None, (each.detail, each.evidence)))
+        lines.append(f"{each.instrument:<10}{each.subject:<{width}}{mark:<15}{detail}")
     counts = {
         outcome: sum(each.outcome == outcome for each in found)
         for outcome in ("proven on GPU", "proven on CPU", "not proven")
