@@ -55,9 +55,9 @@ def test_all_has_a_line_for_each(instruments, capsys):
     assert status == 0  # what is not known is no fault
     first, second, third, total = out.splitlines()
     assert first.split() == (
-        "syncs some_patch proven on GPU 0 waits; results/a.json".split()
+        ["syncs", "some_patch", "proven", "on", "GPU", "0", "waits;", "results/a.json"]
     )
-    assert second.split()[:5] == "races some_patch proven on CPU".split()
+    assert second.split()[:5] == ["races", "some_patch", "proven", "on", "CPU"]
     assert "these steps do not call it" in third
     assert total == "1 proven on GPU, 1 proven on CPU, 1 not proven"
 
