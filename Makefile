@@ -5,7 +5,7 @@ TESTS ?=
 WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test early-warning gpu lint format types check bench-host prove compat docs wheel clean
+.PHONY: help setup demo test browser early-warning gpu lint format types check bench-host prove compat docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -16,8 +16,15 @@ setup:  ## make .venv: real vLLM for the CPU, this project, its CPU lane
 demo: setup  ## the main job: real vLLM on this CPU, patched against stock
 	@$(RUN) -m vllm_ext demo $(ARGS)
 
-test: setup  ## all tests; those that need a GPU are reported as not run (TESTS=path)
+test: setup browser  ## all tests; those that need a GPU are reported as not run (TESTS=path)
 	@$(RUN) -m pytest -m "not early_warning" $(TESTS)
+
+browser:  ## Chromium, which one test looks at a page with; installed on Debian as root
+	@for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exit 0; done; \
+	echo "setup: installing Debian's chromium"; \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	  >/dev/null || echo "setup: install Chromium, or the test of a page will fail"
 
 early-warning: setup  ## the CPU lane on vLLM 0.33.0, which has no CPU build; may fail
 	@$(RUN) -m pytest -m early_warning tests
