@@ -11,7 +11,7 @@ from prove import graphs_planted
 from prove.graphs_planted import BAKED, REFUSED, ROWS, Toy, clean, line_of, pinned
 
 from vllm_ext.patches import CLEAN_SAMPLER_WRITES
-from vllm_ext.prove import graphs, page, pretend
+from vllm_ext.prove import graphs, page, pretend, stepgraph
 from vllm_ext.prove.graphs import (
     CaptureError,
     DeadInput,
@@ -696,8 +696,8 @@ def test_pinned_memory_may_be_written_when_it_was_read(kernels):
 @pytest.fixture(scope="module")
 def found():
     """Stock's decode step, and that of one patch, in one engine."""
-    with mock.patch.object(graphs, "SERIES", [CLEAN_SAMPLER_WRITES]):
-        return graphs.look(lambda text: None, patches=True)
+    with mock.patch.object(stepgraph, "SERIES", [CLEAN_SAMPLER_WRITES]):
+        return stepgraph.look(lambda text: None, patches=True)
 
 
 @pytest.fixture(scope="module")
@@ -740,11 +740,11 @@ def test_what_keeps_the_stock_step_from_being_one_graph(stock):
 
 def test_the_work_list_is_what_is_found_now(stock):
     text = (HERE.parents[1] / "docs" / "step-graph-work-list.md").read_text()
-    assert graphs.work_list(stock) == text, "run: vllm-ext prove graphs --write FILE"
+    assert stepgraph.work_list(stock) == text, "run: vllm-ext prove graphs --write FILE"
 
 
 def test_a_patch_is_judged_against_stock(found, stock):
-    verdict = graphs.judge_patch(
+    verdict = stepgraph.judge_patch(
         "clean_sampler_writes", found["clean_sampler_writes"], stock
     )
     assert (verdict.outcome, verdict.fault) == ("proven on CPU", False)
@@ -755,7 +755,7 @@ def test_a_patch_is_judged_against_stock(found, stock):
 
 
 def test_stock_as_one_graph_is_not_proven(stock):
-    verdict = graphs.judge_stock(stock)
+    verdict = stepgraph.judge_stock(stock)
     assert (verdict.outcome, verdict.fault) == ("not proven", False)
     assert verdict.detail == (
         "not one graph: 12 arguments move every step: idx_mapping x8, num_blocks x1, "
@@ -777,7 +777,7 @@ def entry(**changes):
 
 
 def test_a_step_in_which_nothing_moves_is_proven():
-    verdict = graphs.judge_stock(entry())
+    verdict = stepgraph.judge_stock(entry())
     assert verdict.outcome == "proven on CPU"
     assert "3 captured steps of 2 launches replay to stock's 2 tokens" in verdict.detail
 
@@ -791,7 +791,7 @@ def test_a_step_in_which_nothing_moves_is_proven():
     ],
 )
 def test_a_patch_is_not_proven_if(changes, detail, fault):
-    verdict = graphs.judge_patch("some_patch", entry(**changes), entry())
+    verdict = stepgraph.judge_patch("some_patch", entry(**changes), entry())
     assert (verdict.outcome, verdict.fault) == ("not proven", fault)
     assert detail in verdict.detail
 
@@ -801,7 +801,7 @@ def test_what_a_patch_adds_and_removes_is_said():
         place = {"operation": "k", "argument": argument, "kind": "address"}
         return {**place, "when": when, "buffer": argument}
 
-    verdict = graphs.judge_patch(
+    verdict = stepgraph.judge_patch(
         "some_patch",
         entry(moving=[moving("b"), moving("c", "now and then")]),
         entry(moving=[moving("a"), moving("c")]),

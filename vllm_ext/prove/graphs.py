@@ -25,6 +25,7 @@ GPU does not:
 
 `diff` compares two captures of one step in different states: every launch that
 differs in operation, number, grid or address, and that one graph can therefore not do.
+`vllm_ext.prove.stepgraph` does so with the decode step of vLLM.
 
 Limits: a launch of a kernel counts as reading and writing all its tensors until a
 replay has shown which it touches. Reads of unwritten memory are seen at the level of
@@ -35,6 +36,7 @@ a pointer that is computed, or comes from elsewhere, is looked at when it is fol
 Which memory two graphs of a pool share depends on the allocator: everything that it
 could give out twice counts. A stale input is told from a device's own writes by what
 this graph writes: pinned memory that other work writes in between is reported too.
+On a device that lags, memory lives as long as something that is pending uses it.
 Conditional nodes and updates of a captured graph do not exist here.
 
 Source: the semantics of CUDA stream capture and of torch.cuda's graph pools.
@@ -46,9 +48,8 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 from weakref import WeakSet
@@ -59,17 +60,32 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from vllm_ext import hostbench
-from vllm_ext.children import Child
-from vllm_ext.patches import SERIES
 from vllm_ext.prove import pretend
 from vllm_ext.prove.pretend import POISON, Operation, Stream, Where, current, data_of
-from vllm_ext.prove.verdict import Verdict
+from vllm_ext.prove.stepgraph import html, verdicts, write
 
 aten = torch.ops.aten
 
-STOCK = "stock"
-EVERY_STEP = "every step"
+__all__ = [
+    "Address",
+    "CaptureError",
+    "DeadInput",
+    "Difference",
+    "Graph",
+    "GraphError",
+    "Memory",
+    "Node",
+    "PoolReuse",
+    "StaleInput",
+    "describe",
+    "diff",
+    "graph",
+    "graph_pool_handle",
+    "html",
+    "names",
+    "verdicts",
+    "write",
+]
 
 # Write their first argument whole, without reading it.
 FILLING = {
@@ -159,7 +175,8 @@ class Memory:
     @property
     def held_outside(self) -> bool:
         """Whether any tensor stands on the graph's own memory."""
-        return torch._C._storage_Use_Count(self.identity) > 1
+        count: int = torch._C._storage_Use_Count(self.identity)
+        return count > 1
 
     def __str__(self) -> str:
         return f"{self.label} {list(self.shape)} {self.dtype}"
@@ -183,11 +200,12 @@ class Address:
     def of_bytes(self, flags: np.ndarray) -> np.ndarray:
         """This tensor's part of ``flags``, an array with an entry for each byte."""
         size = self.dtype.itemsize
-        return np.lib.stride_tricks.as_strided(
+        part: np.ndarray = np.lib.stride_tricks.as_strided(
             flags[self.offset * size :],
             (*self.shape, size),
             (*(stride * size for stride in self.stride), 1),
         )
+        return part
 
     @property
     def layout(self) -> str:
@@ -207,8 +225,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _array(storage: Any) -> np.ndarray:
     """The bytes of a storage, to be read and written."""
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return flat.numpy()
+    flat: np.ndarray = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return flat
 
 
 # -- nodes -------------------------------------------------------------------------
@@ -685,7 +703,7 @@ class _Index:
         """Position and storage of each value that is an address in live memory."""
         if not len(self._starts):
             return
-        at = np.searchsorted(self._starts, values, side="right") - 1
+        at: np.ndarray = np.searchsorted(self._starts, values, side="right") - 1
         inside = (at >= 0) & (values - self._starts[at] < self._sizes[at])
         for position in np.flatnonzero(inside):
             weak = self._weak[at[position]]
@@ -699,7 +717,7 @@ class _Run:
 
     def __init__(self, graph: Graph, sent: dict[Memory, np.ndarray]) -> None:
         self._graph, self._sent = graph, sent
-        self._written = {
+        self._written: dict[Memory, np.ndarray] = {
             memory: np.zeros(memory.size, dtype=bool) for memory in graph._reusable
         }
         self._stored: set[Memory] = set()
@@ -726,7 +744,8 @@ class _Run:
                 continue
             part = address.of_bytes(flags)
             if not part.all():
-                self._note(node, name, int((~part).any(axis=-1).sum()))
+                missing = np.logical_not(part).any(axis=-1)
+                self._note(node, name, int(np.count_nonzero(missing)))
         before = {}
         if packet in SCATTERING:
             before = {
@@ -975,7 +994,7 @@ def diff(first: Graph, second: Graph) -> list[Difference]:
         for captured in (first, second)
     ]
     found: list[Difference] = []
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     for tag, begin, end, other, last in matcher.get_opcodes():
         if tag == "equal":
             for position in range(begin, end):
@@ -1164,159 +1183,3 @@ def describe(captured: Graph, moving: Sequence[Difference] = ()) -> dict[str, An
             for position, node in enumerate(captured.nodes)
         ],
     }
-
-
-# -- for the command line --------------------------------------------------------------
-
-
-def verdicts(say: Callable[[str], None]) -> list[Verdict]:
-    """Each patch's decode step out of graphs, and stock's as one graph.
-
-    Raises:
-        CannotRunError: There is no CPU lane.
-        ChildError: An engine failed.
-    """
-    found = look(say, patches=True)
-    stock = found.pop(STOCK)
-    return [
-        judge_stock(stock),
-        *(judge_patch(name, entry, stock) for name, entry in found.items()),
-    ]
-
-
-def write(path: Path, say: Callable[[str], None]) -> None:
-    """Write `work_list` of the stock step to ``path``."""
-    path.write_text(work_list(look(say, patches=False)[STOCK]))
-
-
-def html(path: Path, say: Callable[[str], None]) -> None:
-    """Draw the stock step on a page."""
-    from vllm_ext.prove import page
-
-    path.write_text(page.draw(look(say, patches=False)[STOCK]))
-
-
-def look(say: Callable[[str], None], *, patches: bool) -> dict[str, dict[str, Any]]:
-    """What `vllm_ext.prove.stepgraph.look` finds, from two engines at once.
-
-    Args:
-        say: Is told how far it is.
-        patches: Look at the step of each patch, too.
-    """
-    names = [patch.name for patch in SERIES] if patches else []
-    half = len(names) // 2
-    environment = hostbench.environment("interpret")
-    # Patches are applied in turn; the engine's own setting sizes its KV cache.
-    environment |= {"VEXT": "0", "VLLM_CPU_KVCACHE_SPACE": None}
-    with ExitStack() as stack:
-        children = []
-        for share, stock in ((names[:half], True), (names[half:], False)):
-            if share or stock:
-                child = Child("vllm_ext.prove.stepgraph", environment, "the engine")
-                stack.callback(child.close)
-                child.tell("look", patches=share, stock=stock)
-                children.append(child)
-        say("capturing decode steps of a real engine on the pretend device")
-        answers = [child.hear() for child in children]
-    return {name: entry for answer in answers for name, entry in answer.items()}
-
-
-def judge_stock(entry: dict[str, Any]) -> Verdict:
-    """Whether the stock step is one graph today."""
-    steady = [each for each in entry["moving"] if each["when"] == EVERY_STEP]
-    wrong = _wrong(entry, entry["eager"])
-    if wrong:
-        return Verdict("graphs", "the stock step", "not proven", wrong, fault=True)
-    if steady:
-        buffers = Counter(each["buffer"] or each["operation"] for each in steady)
-        shown = ", ".join(f"{name} x{count}" for name, count in buffers.items())
-        detail = f"not one graph: {len(steady)} arguments move every step: {shown}"
-        return Verdict("graphs", "the stock step", "not proven", detail)
-    return Verdict("graphs", "the stock step", "proven on CPU", _replayed(entry))
-
-
-def judge_patch(name: str, entry: dict[str, Any], stock: dict[str, Any]) -> Verdict:
-    """Whether a patch's step gives stock's tokens out of graphs, and what it moves."""
-    wrong = _wrong(entry, stock["eager"])
-    if wrong:
-        return Verdict("graphs", name, "not proven", wrong, fault=True)
-    if not entry["calls"]:
-        return Verdict("graphs", name, "not proven", "not called in this decode step")
-    changes = Counter(_changes(entry["moving"], stock["moving"]))
-    steady, before = (
-        sum(each["when"] == EVERY_STEP for each in found["moving"])
-        for found in (entry, stock)
-    )
-    detail = f"{_replayed(entry)}; moving every step: {before} -> {steady}"
-    shown = [f"{what} x{count}" for what, count in changes.items()]
-    return Verdict("graphs", name, "proven on CPU", "; ".join([detail, *shown]))
-
-
-def _changes(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[str]:
-    """How what moves differs from stock: the buffer, and since when it does."""
-
-    def by_place(moving: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-        keys = ("operation", "argument", "kind")
-        return {tuple(each[key] for key in keys): each for each in moving}
-
-    after, before = by_place(mine), by_place(theirs)
-    for place in dict.fromkeys((*before, *after)):
-        now, then = after.get(place), before.get(place)
-        name = (then or now or {})["buffer"] or place[0]
-        if now is None:
-            yield f"{name} no more"
-        elif then is None:
-            yield f"{name} new, {now['when']}"
-        elif now["when"] != then["when"]:
-            yield f"{name} only {now['when']}"
-
-
-def _wrong(entry: dict[str, Any], tokens: list[list[int]]) -> str:
-    if entry["tokens"] != tokens:
-        return "tokens out of graphs differ from those of stock without graphs"
-    return str(entry["unwritten"][0]) if entry["unwritten"] else ""
-
-
-def _replayed(entry: dict[str, Any]) -> str:
-    tokens = sum(map(len, entry["tokens"]))
-    launches = sum(entry["launches"].values())
-    return (
-        f"{entry['steps']} captured steps of {launches} launches replay to stock's "
-        f"{tokens} tokens"
-    )
-
-
-def work_list(entry: dict[str, Any]) -> str:
-    """What keeps the stock step from being one graph, as Markdown."""
-    lines = [
-        "# What keeps the decode step from being one CUDA graph",
-        "",
-        "Written by `vllm-ext prove graphs --write docs/step-graph-work-list.md`, and",
-        "checked by its test: do not edit. Decode steps of stock vLLM's Model Runner",
-        "V2, from the block tables to `post_update`, were captured on the pretend",
-        "device and compared. Listed is what a graph captured once would get wrong.",
-        "The host's two copies in front of the step and the copy of the tokens behind",
-        "it are not part of it.",
-        "",
-    ]
-    for when in dict.fromkeys(each["when"] for each in entry["moving"]):
-        moving = [each for each in entry["moving"] if each["when"] == when]
-        lines += [
-            f"## {when[0].upper()}{when[1:]}: {len(moving)}",
-            "",
-            "| buffer | argument | of | at | why |",
-            "| --- | --- | --- | --- | --- |",
-            *(
-                f"| {each['buffer'] or '-'} | {each['argument'] or '-'} "
-                f"| `{each['operation']}` | {each['where']} | {each['why']} |"
-                for each in moving
-            ),
-            "",
-        ]
-    launches = ", ".join(f"{n} {kind}" for kind, n in entry["launches"].items())
-    lines += [
-        f"The captured step has {launches}. Run out of graphs made of them, the steps",
-        "give the tokens of steps that were not captured. Of the first graph's",
-        f"arguments, {entry['freed']} are freed memory once its step is over.",
-    ]
-    return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ def draw(entry: dict[str, Any], title: str = "One decode step, captured") -> str
     """The page.
 
     Args:
-        entry: Of one step, as `vllm_ext.prove.stepgraph.look` returns it.
+        entry: Of one step, as `vllm_ext.prove.steprun.look` returns it.
         title: Of the page.
     """
     graph = entry["graph"]

@@ -1,268 +1,180 @@
-"""The decode step of Model Runner V2 as one CUDA graph: what keeps it from being one.
+"""Verdicts on the decode step of Model Runner V2 as a CUDA graph.
 
-A real engine runs on the pretend device (`vllm_ext.prove.engine`). Decode steps of it
-are captured, from the block tables to ``post_update``, and each is run by replaying
-the graph that was made of it; the tokens have to be those of steps that were not
-captured. Each argument that differs between two captures is one that a graph captured
-once would get wrong.
+Stock is not one graph today, and `work_list` says why, argument by argument: what a
+step graph has to put an end to. Of each patch it is said that its steps, run out of
+graphs, give stock's tokens, and what it takes from that list or adds to it.
 
-What the host hands over in a step, ``async_tensor_h2d``, is copied in front of the
-graph, and the tokens are copied back behind it, as a step graph would have it. The
-forward pass is the one that vLLM's own graph for that batch size holds.
-
-Runs in a process of its own on the CPU lane, as a child of `vllm_ext.prove.graphs`.
+A real engine on the pretend device (`vllm_ext.prove.steprun`) decodes four requests,
+greedy and sampled, of which one is replaced by another on the way. Limits: the list
+is that of this workload and a batch of four; other features, prompts that are still
+being read, drafts and adapters are not looked at.
 """
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from vllm_ext import gpupath
-from vllm_ext.children import serve
+from vllm_ext import hostbench
+from vllm_ext.children import Child
 from vllm_ext.patches import SERIES
-from vllm_ext.prove import engine, graphs
-from vllm_ext.prove.graphs import EVERY_STEP, STOCK
-from vllm_ext.prove.pretend import PretendDevice, Stream
-from vllm_ext.testing import applied
+from vllm_ext.prove import page
+from vllm_ext.prove.verdict import Verdict
 
-SEATS = 4
-STEADY = 3  # steps captured before a request is replaced by another, and after
-WARM = 3  # steps before the first capture
-VOCABULARY = 512
-# Greedy and sampled rows in one batch, at several temperatures. The last one waits
-# until the one before has ended.
-REQUESTS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.8, "seed": 1},
-    {"temperature": 0.0},
-    {"temperature": 1.3, "seed": 2},
-    {"temperature": 0.8, "seed": 3, "max_tokens": WARM + STEADY},
-    {"temperature": 1.1, "seed": 4},
-)
-MAX_TOKENS = WARM + 2 * STEADY + 4
-
-ON_BLOCK = "when a block is appended"
-ON_CHANGE = "when a request is replaced"
+STOCK = "stock"
+EVERY_STEP = "every step"
+SUBJECT = "the stock step as one graph"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One captured step.
+def verdicts(say: Callable[[str], None]) -> list[Verdict]:
+    """Each patch's decode step out of graphs, and stock's as one graph.
 
-    Attributes:
-        is_new: Its requests did not decode together in the step before.
-        got_block: One of them got a block.
+    Raises:
+        CannotRunError: There is no CPU lane.
+        ChildError: An engine failed.
     """
-
-    is_new: bool
-    got_block: bool
-    graph: graphs.Graph
-
-
-def main() -> None:
-    """Serve one question: look at the step."""
-    serve({"look": look})
+    found = look(say, patches=True)
+    stock = found.pop(STOCK)
+    return [
+        judge_stock(stock),
+        *(judge_patch(name, entry, stock) for name, entry in found.items()),
+    ]
 
 
-def look(patches: list[str], stock: bool) -> dict[str, dict[str, Any]]:
-    """Decode `REQUESTS` with steps run out of graphs, once for each patch.
+def write(path: Path, say: Callable[[str], None]) -> None:
+    """Write `work_list` of the stock step to ``path``."""
+    path.write_text(work_list(look(say, patches=False)[STOCK]))
+
+
+def html(path: Path, say: Callable[[str], None]) -> None:
+    """Draw the stock step on a page."""
+    path.write_text(page.draw(look(say, patches=False)[STOCK]))
+
+
+def look(say: Callable[[str], None], *, patches: bool) -> dict[str, dict[str, Any]]:
+    """What `vllm_ext.prove.steprun.look` finds, from two engines at once.
 
     Args:
-        patches: Each is applied alone.
-        stock: Look at vLLM without patches too, and decode without graphs.
-
-    Returns:
-        By patch, stock under `STOCK`: ``tokens`` of each request; ``eager``, those
-        without graphs, for stock; ``steps``, how many were captured; ``calls`` of the
-        patch; ``launches`` of the first graph by kind; ``unwritten`` as
-        `graphs.Graph` has it, of all graphs; ``freed``, how many arguments of the
-        first graph are freed memory in the end; ``moving``, see `_moving`;
-        ``graph``, the first one as `graphs.describe` has it, with what moves from it
-        to the second.
+        say: Is told how far it is.
+        patches: Look at the step of each patch, too.
     """
-    from vllm_ext_cpulane.tinymodel import write_model
-
+    names = [patch.name for patch in SERIES] if patches else []
+    half = len(names) // 2
+    environment = hostbench.environment("interpret")
+    # Patches are applied in turn; the engine's own setting sizes its KV cache.
+    environment |= {"VEXT": "0", "VLLM_CPU_KVCACHE_SPACE": None}
     with ExitStack() as stack:
-        device = stack.enter_context(PretendDevice())
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vllm-ext-"))
-        model = write_model(
-            *(folder, VOCABULARY), layers=1, tokenizer=True, weights=True
-        )
-        llm = stack.enter_context(engine.booted(device, model=str(model)))
-        runner = engine.model_runner(llm)
-        gpupath.graphs_that_replay(runner)
-        found = {}
-        if stock:
-            eager = _decode(llm, "eager")
-            found[STOCK] = _finding(llm, device, STOCK) | {"eager": eager, "calls": 0}
-        for patch in SERIES:
-            if patch.name in patches:
-                with applied(patch) as outcome:
-                    found[patch.name] = _finding(llm, device, patch.name)
-                found[patch.name]["calls"] = sum(outcome.calls.values())
-        return found
+        children = []
+        for share, stock in ((names[:half], True), (names[half:], False)):
+            if share or stock:
+                child = Child("vllm_ext.prove.steprun", environment, "the engine")
+                stack.callback(child.close)
+                child.tell("look", patches=share, stock=stock)
+                children.append(child)
+        say("capturing decode steps of a real engine on the pretend device")
+        answers = [child.hear(600) for child in children]
+    return {name: entry for answer in answers for name, entry in answer.items()}
 
 
-def _finding(llm: Any, device: PretendDevice, name: str) -> dict[str, Any]:
-    captured: list[Step] = []
-    with _captured_steps(engine.model_runner(llm), device, captured):
-        tokens = _decode(llm, name)
-    first, second = (step.graph for step in captured[:2])
-    try:
-        first.replay()
-        freed = 0
-    except graphs.DeadInput as error:
-        freed = len(str(error).splitlines())
-    return {
-        "tokens": tokens,
-        "steps": len(captured),
-        "launches": first.counts(),
-        "unwritten": [line for step in captured for line in step.graph.unwritten],
-        "freed": freed,
-        "moving": _moving(captured),
-        "graph": graphs.describe(first, graphs.diff(first, second)),
-    }
+def judge_stock(entry: dict[str, Any]) -> Verdict:
+    """Whether the stock step is one graph today."""
+    steady = [each for each in entry["moving"] if each["when"] == EVERY_STEP]
+    wrong = _wrong(entry, entry["eager"])
+    if wrong:
+        return Verdict("graphs", SUBJECT, "not proven", wrong, fault=True)
+    if steady:
+        buffers = Counter(each["buffer"] or each["operation"] for each in steady)
+        shown = ", ".join(f"{name} x{count}" for name, count in buffers.items())
+        detail = f"not one graph: {len(steady)} arguments move every step: {shown}"
+        return Verdict("graphs", SUBJECT, "not proven", detail)
+    return Verdict("graphs", SUBJECT, "proven on CPU", _replayed(entry))
 
 
-@contextmanager
-def _captured_steps(
-    runner: Any, device: PretendDevice, captured: list[Step]
-) -> Iterator[None]:
-    """Run each pure decode step of a full batch as the replay of a graph made of it."""
-    from vllm.v1.worker.gpu import buffer_utils, model_runner
-
-    execute, sample = runner.execute_model, runner.sample_tokens
-    hand_over, read_back = model_runner.async_tensor_h2d, model_runner.AsyncOutput
-    stream = Stream()
-    steps = 0
-    last: list[str] = []
-    handed_over: list[Any] = []  # alive until the step has run
-
-    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal steps, last
-        steps += 1
-        tokens = scheduled.num_scheduled_tokens
-        decode = list(tokens.values()) == [1] * SEATS
-        requests = list(tokens) if decode and not scheduled.scheduled_new_reqs else []
-        is_new, last = requests != last, requests
-        if steps > WARM and requests:
-            blocks = scheduled.scheduled_cached_reqs.new_block_ids
-            got_block = any(each is not None for each in blocks)
-            captured.append(Step(is_new, got_block, graphs.Graph()))
-            stream.__enter__()
-            captured[-1].graph.capture_begin()
-        return execute(scheduled, *args, **kwargs)
-
-    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        if device.capture is None:
-            return sample(*args, **kwargs)
-        asked: list[dict[str, Any]] = []
-        with mock.patch.object(
-            model_runner, "AsyncOutput", lambda **made: asked.append(made)
-        ):
-            sample(*args, **kwargs)
-        graph = captured[-1].graph
-        graph.capture_end()
-        stream.__exit__()
-        graph.replay()
-        handed_over.clear()
-        [made] = asked
-        return read_back(**made)
-
-    def before_the_graph(*args: Any, **kwargs: Any) -> Any:
-        if device.capture is None:
-            return hand_over(*args, **kwargs)
-        with device.default_stream:
-            handed_over.append(hand_over(*args, **kwargs))
-        return handed_over[-1]
-
-    with (
-        mock.patch.object(runner, "execute_model", execute_model),
-        mock.patch.object(runner, "sample_tokens", sample_tokens),
-        mock.patch.object(model_runner, "async_tensor_h2d", before_the_graph),
-        mock.patch.object(buffer_utils, "async_tensor_h2d", before_the_graph),
-    ):
-        yield
+def judge_patch(name: str, entry: dict[str, Any], stock: dict[str, Any]) -> Verdict:
+    """Whether a patch's step gives stock's tokens out of graphs, and what it moves."""
+    wrong = _wrong(entry, stock["eager"])
+    if wrong:
+        return Verdict("graphs", name, "not proven", wrong, fault=True)
+    if not entry["calls"]:
+        return Verdict("graphs", name, "not proven", "not called in this decode step")
+    changes = Counter(_changes(entry["moving"], stock["moving"]))
+    steady, before = (
+        sum(each["when"] == EVERY_STEP for each in found["moving"])
+        for found in (entry, stock)
+    )
+    detail = f"{_replayed(entry)}; moving every step: {before} -> {steady}"
+    shown = [f"{what} x{count}" for what, count in changes.items()]
+    return Verdict("graphs", name, "proven on CPU", "; ".join([detail, *shown]))
 
 
-def _decode(llm: Any, name: str) -> list[list[int]]:
-    """The tokens of each request; all but `SEATS` of them wait for a seat."""
-    from vllm import SamplingParams
+def _changes(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Iterator[str]:
+    """How what moves differs from stock: the buffer, and since when it does."""
 
-    core = llm.llm_engine
-    waiting = list(enumerate(REQUESTS))
-    running: set[str] = set()
-    tokens: dict[str, list[int]] = {}
-    while waiting or running:
-        while waiting and len(running) < SEATS:
-            index, wanted = waiting.pop(0)
-            params = {"max_tokens": MAX_TOKENS, "ignore_eos": True, **wanted}
-            running.add(f"{name} {index}")
-            core.add_request(
-                f"{name} {index}",
-                {"prompt_token_ids": [4 + 7 * index + i for i in range(3 + index)]},
-                SamplingParams(detokenize=False, **params),
-            )
-        for answer in core.step():
-            tokens[answer.request_id] = list(answer.outputs[0].token_ids)
-            if answer.finished:
-                running.discard(answer.request_id)
-    return [tokens[f"{name} {index}"] for index in range(len(REQUESTS))]
+    def by_place(moving: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+        keys = ("operation", "argument", "kind")
+        return {tuple(each[key] for key in keys): each for each in moving}
+
+    after, before = by_place(mine), by_place(theirs)
+    for place in dict.fromkeys((*before, *after)):
+        now, then = after.get(place), before.get(place)
+        name = (then or now or {})["buffer"] or place[0]
+        if now is None:
+            yield f"{name} no more"
+        elif then is None:
+            yield f"{name} new, {now['when']}"
+        elif now["when"] != then["when"]:
+            yield f"{name} only {now['when']}"
 
 
-def _moving(captured: list[Step]) -> list[dict[str, Any]]:
-    """What differs between captures of one step, each argument once.
-
-    Returns:
-        ``operation``, ``argument``, ``kind`` (as
-        `graphs.Difference` has it), ``when`` (`EVERY_STEP` and so on), ``buffer``
-        (what kernels call it), ``why``, ``where``, ``text``.
-    """
-
-    def when(one: Step, other: Step) -> str:
-        if one.is_new or other.is_new:
-            return ON_CHANGE
-        return ON_BLOCK if one.got_block or other.got_block else EVERY_STEP
-
-    rank = (EVERY_STEP, ON_BLOCK, ON_CHANGE).index
-    pairs = list(zip(captured, captured[1:], strict=False))
-    pairs.sort(key=lambda pair: rank(when(*pair)))
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for one, other in pairs:
-        called = graphs.names(one.graph)
-        for each in graphs.diff(one.graph, other.graph):
-            memory = each.memory
-            owner = other if each.before == "not launched" else one
-            twins = [
-                node.where
-                for node in owner.graph.nodes[: each.position]
-                if node.name == each.operation
-            ]
-            which = twins.count(each.where)
-            record = {
-                **{"operation": each.operation, "argument": each.argument},
-                **{"kind": each.kind, "when": when(one, other)},
-                **{"buffer": called[memory] if memory else "", "why": _why(each)},
-                **{"where": str(each.where), "text": each.where.text},
-            }
-            key = (each.operation, each.where, which, each.argument, each.kind)
-            found.setdefault(key, record)
-    return list(found.values())
+def _wrong(entry: dict[str, Any], tokens: list[list[int]]) -> str:
+    if entry["tokens"] != tokens:
+        return "tokens out of graphs differ from those of stock without graphs"
+    return str(entry["unwritten"][0]) if entry["unwritten"] else ""
 
 
-def _why(each: graphs.Difference) -> str:
-    if each.kind == "operation":
-        return "launched in some steps only"
-    if each.kind != "address" or each.memory is None:
-        return "computed by the host"
-    if each.memory.pinned:
-        return "pinned memory, another slot of a pool each time"
-    if each.memory.weak.expired():
-        return "allocated anew"
-    return "another tensor"
+def _replayed(entry: dict[str, Any]) -> str:
+    tokens = sum(map(len, entry["tokens"]))
+    launches = sum(entry["launches"].values())
+    return (
+        f"{entry['steps']} captured steps of {launches} launches replay to stock's "
+        f"{tokens} tokens"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def work_list(entry: dict[str, Any]) -> str:
+    """What keeps the stock step from being one graph, as Markdown."""
+    lines = [
+        "# What keeps the decode step from being one CUDA graph",
+        "",
+        "Written by `vllm-ext prove graphs --write docs/step-graph-work-list.md`, and",
+        "checked by its test: do not edit. Decode steps of stock vLLM's Model Runner",
+        "V2, from the block tables to `post_update`, were captured on the pretend",
+        "device and compared. Listed is what a graph captured once would get wrong.",
+        "The host's two copies in front of the step and the copy of the tokens behind",
+        "it are not part of it.",
+        "",
+    ]
+    for when in dict.fromkeys(each["when"] for each in entry["moving"]):
+        moving = [each for each in entry["moving"] if each["when"] == when]
+        lines += [
+            f"## {when[0].upper()}{when[1:]}: {len(moving)}",
+            "",
+            "| buffer | argument | of | at | why |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {each['buffer'] or '-'} | {each['argument'] or '-'} "
+                f"| `{each['operation']}` | {each['where']} | {each['why']} |"
+                for each in moving
+            ),
+            "",
+        ]
+    torch, triton = (entry["launches"].get(kind, 0) for kind in ("launch", "triton"))
+    lines += [
+        f"The captured step has {torch} operations of torch and {triton} launches of",
+        "Triton kernels. Run out of graphs made of them, the steps give the tokens of",
+        f"steps that were not captured. {entry['freed']} arguments of the first graph "
+        "are freed",
+        "memory once its step is over.",
+    ]
+    return "\n".join(lines) + "\n"
