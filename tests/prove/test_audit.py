@@ -216,6 +216,13 @@ class Decoding:
         ]
 
 
+@pytest.fixture
+def no_parameters(monkeypatch):
+    """What a stand-in does not read, and importing vLLM takes seconds."""
+    monkeypatch.setattr(auditrun, "_parameters", lambda wanted, index: None)
+
+
+@pytest.mark.usefixtures("no_parameters")
 @pytest.mark.parametrize("waits_at", [(), (1,), (4,), (4, 5), (3, 5)])
 def test_steady_steps_are_told_from_the_others(waits_at):
     with PretendDevice() as device:
@@ -236,6 +243,7 @@ def test_steady_steps_are_told_from_the_others(waits_at):
     }
 
 
+@pytest.mark.usefixtures("no_parameters")
 def test_requests_that_end_too_early_say_so():
     with PretendDevice() as device:
         engine = Decoding(device, ())

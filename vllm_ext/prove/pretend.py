@@ -61,7 +61,6 @@ aten = torch.ops.aten
 READS = {
     **dict.fromkeys((aten._local_scalar_dense, aten.item), "reads a value"),
     **dict.fromkeys((aten.equal, aten.is_nonzero, aten.allclose), "reads a value"),
-    aten.multinomial: "checks its probabilities on the host",
     **dict.fromkeys(
         (
             *(aten.nonzero, aten.masked_select, aten.bincount, aten.unique_dim),
