@@ -703,7 +703,7 @@ class _Index:
         """Position and storage of each value that is an address in live memory."""
         if not len(self._starts):
             return
-        at: np.ndarray = np.searchsorted(self._starts, values, side="right") - 1
+        at: Any = np.searchsorted(self._starts, values, side="right") - 1
         inside = (at >= 0) & (values - self._starts[at] < self._sizes[at])
         for position in np.flatnonzero(inside):
             weak = self._weak[at[position]]
@@ -720,7 +720,13 @@ class _Run:
         self._written: dict[Memory, np.ndarray] = {
             memory: np.zeros(memory.size, dtype=bool) for memory in graph._reusable
         }
-        self._stored: set[Memory] = set()
+        # What the graph itself writes, as far as is known.
+        self._stored = {
+            address.memory
+            for node in graph.nodes
+            if node.kind != "triton" or node.observed
+            for address in node.writes.values()
+        }
         self._notes: dict[str, None] = {}
         self._order()
 
@@ -767,20 +773,11 @@ class _Run:
 
     def _check_sent(self, node: Node, name: str, address: Address) -> None:
         sent = self._sent.get(address.memory)
-        if sent is None or address.memory in self._stored | self._graph_writes:
+        if sent is None or address.memory in self._stored:
             return
         now = address.of_bytes(_array(address.memory.storage()))
         if not np.array_equal(now, address.of_bytes(sent)):
             raise StaleInput(node.says(name, STALE))
-
-    @property
-    def _graph_writes(self) -> set[Memory]:
-        return {
-            address.memory
-            for node in self._graph.nodes
-            if node.kind != "triton" or node.observed
-            for address in node.writes.values()
-        }
 
     def _note(self, node: Node, name: str, elements: int) -> None:
         what = f"has {elements} elements that are read and that nothing wrote"
@@ -845,7 +842,7 @@ class _Run:
         if flags is not None and not flags[offsets].all():
             self._note(node, node.argument_of(memory), int((~flags[offsets]).sum()))
         sent = self._sent.get(memory)
-        if sent is not None and memory not in self._stored | self._graph_writes:
+        if sent is not None and memory not in self._stored:
             now = _array(memory.storage())
             for byte in range(size):
                 if (now[offsets + byte] != sent[offsets + byte]).any():
