@@ -890,12 +890,13 @@ def _is_machinery(file: str) -> bool:
     )
 
 
-class _Generator(torch.Generator):
+class _Generator(torch.Generator):  # type: ignore[misc]
     """A generator of the device, which draws as the CPU's does."""
 
     def __new__(cls, device: Any = "cpu") -> "_Generator":
         place = HOST if _names_device(device) else device
-        return super().__new__(cls, place)
+        made: _Generator = super().__new__(cls, place)
+        return made
 
 
 # -- stand-ins -------------------------------------------------------------------------
