@@ -10,7 +10,6 @@ import torch
 from prove import graphs_planted
 from prove.graphs_planted import BAKED, REFUSED, ROWS, Toy, clean, line_of, pinned
 
-from vllm_ext.patches import CLEAN_SAMPLER_WRITES
 from vllm_ext.prove import graphs, page, pretend, stepgraph
 from vllm_ext.prove.graphs import (
     CaptureError,
@@ -451,17 +450,22 @@ def test_as_many_staging_slots_as_steps_in_flight_are_enough(lagging):
     assert torch.equal(toy.out.cpu(), plain.out.cpu())
 
 
-def test_host_memory_that_the_graph_writes_is_not_stale(lagging):
+@pytest.mark.parametrize("reads_first", [False, True])
+def test_host_memory_that_the_graph_writes_is_not_stale(lagging, reads_first):
     def step(toy, host):
-        host.copy_(toy.scales, non_blocking=True)
-        return toy.out.copy_(host, non_blocking=True)
+        for reads in (reads_first, not reads_first):
+            if reads:
+                toy.out.copy_(host, non_blocking=True)
+            else:
+                host.copy_(toy.scales, non_blocking=True)
+        return toy.out
 
     toy, host = Toy(), pinned([0.0] * ROWS)
     graph, out = capture(step, toy, host)
     for _ in range(3):
         toy.advance()
         graph.replay()
-    assert out.cpu().tolist() == [2.5] * ROWS
+    assert out.cpu().tolist() == [2.0 if reads_first else 2.5] * ROWS
 
 
 # -- pools -----------------------------------------------------------------------------
@@ -695,9 +699,9 @@ def test_pinned_memory_may_be_written_when_it_was_read(kernels):
 
 @pytest.fixture(scope="module")
 def found():
-    """Stock's decode step, and that of one patch, in one engine."""
-    with mock.patch.object(stepgraph, "SERIES", [CLEAN_SAMPLER_WRITES]):
-        return stepgraph.look(lambda text: None, patches=True)
+    """The decode step of stock, with one patch, and with all."""
+    one = {"clean_sampler_writes": ["clean_sampler_writes"]}
+    return stepgraph.look(lambda text: None, one | stepgraph.ALL)
 
 
 @pytest.fixture(scope="module")
@@ -738,9 +742,10 @@ def test_what_keeps_the_stock_step_from_being_one_graph(stock):
     }
 
 
-def test_the_work_list_is_what_is_found_now(stock):
+def test_the_work_list_is_what_is_found_now(found, stock):
     text = (HERE.parents[1] / "docs" / "step-graph-work-list.md").read_text()
-    assert stepgraph.work_list(stock) == text, "run: vllm-ext prove graphs --write FILE"
+    now = stepgraph.work_list(stock, found["all patches"])
+    assert now == text, "run: vllm-ext prove graphs --write FILE"
 
 
 def test_a_patch_is_judged_against_stock(found, stock):
@@ -752,6 +757,12 @@ def test_a_patch_is_judged_against_stock(found, stock):
         "moving every step: 12 -> 9; temperature only when a request is replaced x2; "
         "seeds only when a request is replaced x1"
     )
+
+
+def test_patches_are_judged_together(found, stock):
+    verdict = stepgraph.judge_patch("all patches", found["all patches"], stock)
+    assert (verdict.outcome, verdict.fault) == ("proven on CPU", False)
+    assert places(found["all patches"]) == {"num_blocks": 1}
 
 
 def test_stock_as_one_graph_is_not_proven(stock):
@@ -767,6 +778,14 @@ def test_the_page_has_every_launch(stock):
     text = page.draw(stock)
     assert text.count("<li data-reads") == sum(stock["launches"].values())
     assert "<h2 class=moves>Moves between two captures <b>4</b></h2>" in text
+
+
+def test_what_was_found_is_written(found, tmp_path: Path):
+    with mock.patch.object(stepgraph, "look", return_value=found):
+        graphs.write(tmp_path / "list.md", print)
+        graphs.html(tmp_path / "page.html", print)
+    assert (tmp_path / "list.md").read_text().startswith("# What keeps the decode step")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
 def entry(**changes):

@@ -25,6 +25,8 @@ from vllm_ext.prove.verdict import Verdict
 STOCK = "stock"
 EVERY_STEP = "every step"
 SUBJECT = "the stock step as one graph"
+TOGETHER = "all patches"
+ALL = {TOGETHER: [patch.name for patch in SERIES]}
 
 
 def verdicts(say: Callable[[str], None]) -> list[Verdict]:
@@ -34,7 +36,8 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
         CannotRunError: There is no CPU lane.
         ChildError: An engine failed.
     """
-    found = look(say, patches=True)
+    each = {patch.name: [patch.name] for patch in SERIES}
+    found = look(say, each | ALL)
     stock = found.pop(STOCK)
     return [
         judge_stock(stock),
@@ -43,24 +46,27 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
 
 
 def write(path: Path, say: Callable[[str], None]) -> None:
-    """Write `work_list` of the stock step to ``path``."""
-    path.write_text(work_list(look(say, patches=False)[STOCK]))
+    """Write `work_list` to ``path``."""
+    found = look(say, ALL)
+    path.write_text(work_list(found[STOCK], found[TOGETHER]))
 
 
 def html(path: Path, say: Callable[[str], None]) -> None:
     """Draw the stock step on a page."""
-    path.write_text(page.draw(look(say, patches=False)[STOCK]))
+    path.write_text(page.draw(look(say, {})[STOCK]))
 
 
-def look(say: Callable[[str], None], *, patches: bool) -> dict[str, dict[str, Any]]:
-    """What `vllm_ext.prove.steprun.look` finds, from two engines at once.
+def look(
+    say: Callable[[str], None], subjects: dict[str, list[str]]
+) -> dict[str, dict[str, Any]]:
+    """What `vllm_ext.prove.steprun.look` finds of stock, and of patches.
 
     Args:
         say: Is told how far it is.
-        patches: Look at the step of each patch, too.
+        subjects: By what they are called, names of patches that are applied together.
     """
-    names = [patch.name for patch in SERIES] if patches else []
-    half = len(names) // 2
+    names = list(subjects)
+    half = max(0, len(names) - 1) // 2  # for the engine that decodes stock, and twice
     environment = hostbench.environment("interpret")
     # Patches are applied in turn; the engine's own setting sizes its KV cache.
     environment |= {"VEXT": "0", "VLLM_CPU_KVCACHE_SPACE": None}
@@ -70,7 +76,8 @@ def look(say: Callable[[str], None], *, patches: bool) -> dict[str, dict[str, An
             if share or stock:
                 child = Child("vllm_ext.prove.steprun", environment, "the engine")
                 stack.callback(child.close)
-                child.tell("look", patches=share, stock=stock)
+                wanted = {name: subjects[name] for name in share}
+                child.tell("look", patches=wanted, stock=stock)
                 children.append(child)
         say("capturing decode steps of a real engine on the pretend device")
         answers = [child.hear(600) for child in children]
@@ -142,39 +149,43 @@ def _replayed(entry: dict[str, Any]) -> str:
     )
 
 
-def work_list(entry: dict[str, Any]) -> str:
-    """What keeps the stock step from being one graph, as Markdown."""
+def work_list(stock: dict[str, Any], patched: dict[str, Any]) -> str:
+    """What keeps the decode step from being one graph, as Markdown.
+
+    Args:
+        stock: What was found of it.
+        patched: The same with all patches.
+    """
+    torch, triton = (stock["launches"].get(kind, 0) for kind in ("launch", "triton"))
     lines = [
         "# What keeps the decode step from being one CUDA graph",
         "",
         "Written by `vllm-ext prove graphs --write docs/step-graph-work-list.md`, and",
-        "checked by its test: do not edit. Decode steps of stock vLLM's Model Runner",
-        "V2, from the block tables to `post_update`, were captured on the pretend",
-        "device and compared. Listed is what a graph captured once would get wrong.",
-        "The host's two copies in front of the step and the copy of the tokens behind",
-        "it are not part of it.",
+        "checked by its test: do not edit. Decode steps of Model Runner V2, from the",
+        "block tables to `post_update`, were captured on the pretend device and",
+        "compared. Listed is what a graph captured once would get wrong. The two copies",
+        "in front of the step and that of the tokens behind it are no part of it.",
         "",
+        f"The stock step has {torch} operations of torch and {triton} launches of",
+        "Triton kernels. Run out of graphs made of them, steps give the tokens of",
+        "steps that were not captured; once such a step is over, of what its graph",
+        f"was given {stock['freed']} arguments are freed memory.",
+        "",
+        *_tables("Stock", stock["moving"]),
+        *_tables("With all patches", patched["moving"]),
     ]
-    for when in dict.fromkeys(each["when"] for each in entry["moving"]):
-        moving = [each for each in entry["moving"] if each["when"] == when]
-        lines += [
-            f"## {when[0].upper()}{when[1:]}: {len(moving)}",
-            "",
-            "| buffer | argument | of | at | why |",
-            "| --- | --- | --- | --- | --- |",
-            *(
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _tables(title: str, moving: list[dict[str, Any]]) -> Iterator[str]:
+    for when in dict.fromkeys(each["when"] for each in moving):
+        chosen = [each for each in moving if each["when"] == when]
+        yield from (f"## {title}, {when}: {len(chosen)}", "")
+        yield from ("| buffer | argument | of | at | why |", "| - | - | - | - | - |")
+        for each in chosen:
+            where = each["where"].removeprefix("vllm/v1/worker/gpu/")
+            yield (
                 f"| {each['buffer'] or '-'} | {each['argument'] or '-'} "
-                f"| `{each['operation']}` | {each['where']} | {each['why']} |"
-                for each in moving
-            ),
-            "",
-        ]
-    torch, triton = (entry["launches"].get(kind, 0) for kind in ("launch", "triton"))
-    lines += [
-        f"The captured step has {torch} operations of torch and {triton} launches of",
-        "Triton kernels. Run out of graphs made of them, the steps give the tokens of",
-        f"steps that were not captured. {entry['freed']} arguments of the first graph "
-        "are freed",
-        "memory once its step is over.",
-    ]
-    return "\n".join(lines) + "\n"
+                f"| `{each['operation']}` | {where} | {each['why']} |"
+            )
+        yield ""
