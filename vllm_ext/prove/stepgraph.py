@@ -163,7 +163,7 @@ def work_list(stock: dict[str, Any], patched: dict[str, Any]) -> str:
         "Written by `vllm-ext prove graphs --write docs/step-graph-work-list.md`, and",
         "checked by its test: do not edit. Decode steps of Model Runner V2, from the",
         "block tables to `post_update`, were captured on the pretend device and",
-        "compared. Listed is what a graph captured once would get wrong. The two copies",
+        "compared. Listed is what a graph captured once gets wrong. The two copies",
         "in front of the step and that of the tokens behind it are no part of it.",
         "",
         f"The stock step has {torch} operations of torch and {triton} launches of",
