@@ -174,6 +174,18 @@ def test_work_on_a_stream_that_did_not_join_runs_at_once(device):
     assert [node.name for node in graph.nodes] == ["add_"]
 
 
+def test_a_shape_changed_in_place_is_not_what_was_recorded(device):
+    def step(toy):
+        tensor = toy.table * 2
+        tensor.t_()
+        return tensor + toy.table.t()
+
+    toy = Toy()
+    graph, out = capture(step, toy)
+    graph.replay()
+    assert torch.equal(values(out), values(toy.table).t() * 3)
+
+
 def test_pinned_memory_may_be_allocated_and_copied_to(device):
     toy = Toy()
     graph, host = capture(lambda: toy.scales.to("cpu", non_blocking=True))

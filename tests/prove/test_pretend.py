@@ -327,6 +327,20 @@ def test_leaving_finishes_what_is_pending():
     assert data_of(there).tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("lags", [False, True])
+def test_a_shape_changed_in_place_is_changed(lags):
+    with PretendDevice(lags=lags):
+        tensor = torch.arange(6, device=DEVICE).view(2, 3)
+        doubled = tensor * 2  # pending, with the shape that it has now
+        tensor.t_().unsqueeze_(0)
+        assert tensor.shape == (1, 3, 2)
+        assert tensor.tolist() == [[[0, 3], [1, 4], [2, 5]]]
+        assert (tensor + 1).shape == (1, 3, 2)
+        assert doubled.tolist() == [[0, 2, 4], [6, 8, 10]]
+        with pytest.raises(NotImplementedError, match="resize_"):
+            tensor.resize_(8)
+
+
 @pytest.fixture
 def shapeless():
     """A custom operation that cannot say what shape it will give."""

@@ -521,6 +521,8 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
             return self._copy(function, *args, **kwargs)
         if packet in ALLOCATIONS:
             return self._allocate(function, args, kwargs)
+        if torch.Tag.inplace_view in function.tags:
+            return self._reshape(function, *args, **kwargs)
         if _is_view(function):
             # A view is an inference tensor if, and only if, its base is one.
             inference = device_tensors[0].is_inference()
@@ -528,6 +530,23 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
                 views = function(*map_data(args), **map_data(kwargs))
                 return tree_map(_wrapped, views)
         return self._launch(function, args, kwargs, flat)
+
+    def _reshape(
+        self, function: Any, tensor: PretendTensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Change in place what a tensor looks like, and no data: ``squeeze_``.
+
+        Raises:
+            NotImplementedError: It would need other memory.
+        """
+        if function.overloadpacket in (aten.resize_, aten.set_):
+            raise NotImplementedError(f"{function} of a {DEVICE} tensor")
+        with _disable_current_modes(), torch.inference_mode(tensor.is_inference()):
+            seen = tensor.data_on_device.detach()  # what is pending keeps the old shape
+            tensor.data_on_device = function(seen, *args, **kwargs)
+        with torch._C._DisableTorchDispatch():  # the shape of the wrapper itself
+            function(tensor, *args, **kwargs)
+        return tensor
 
     @contextmanager
     def _seeing(self) -> Iterator[None]:
