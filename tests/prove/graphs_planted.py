@@ -214,6 +214,23 @@ def reads_what_it_never_wrote(toy):
     return scratch * 2  # here
 
 
+def writes_some_rows(toy):
+    scratch = torch.empty(ROWS, 2, device=DEVICE)
+    scratch.index_copy_(0, toy.positions[:1], toy.table[:1, :2])
+    return scratch * 2  # here
+
+
+def picks_the_rows_it_wrote(toy):
+    scratch = torch.empty(ROWS, 2, device=DEVICE)
+    scratch.index_copy_(0, toy.positions[:1], toy.table[:1, :2])
+    return scratch[toy.positions] * 2
+
+
+def fills_what_it_allocates(toy):
+    filled = torch.empty(ROWS, device=DEVICE).fill_(2)
+    return torch.empty(ROWS, device=DEVICE).zero_() + filled
+
+
 def copies_from_its_staging(toy):
     toy.scales.copy_(toy.staging, non_blocking=True)  # here
     return clean(toy)

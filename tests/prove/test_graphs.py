@@ -385,6 +385,28 @@ def test_a_read_of_memory_that_nothing_wrote_is_named(device):
         assert values(out)[1:].isnan().all()
 
 
+def test_rows_that_nothing_wrote_are_named(device):
+    line, text = line_of(graphs_planted.writes_some_rows)
+    toy = Toy()
+    graph, _ = capture(graphs_planted.writes_some_rows, toy)
+    graph.replay()
+    [note] = graph.unwritten
+    assert note.startswith("mul argument self has 4 elements that are read and")
+    assert note.endswith(f":{line} in writes_some_rows | {text}")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [graphs_planted.picks_the_rows_it_wrote, graphs_planted.fills_what_it_allocates],
+)
+def test_nothing_is_said_of_memory_that_is_written_as_far_as_it_is_read(device, step):
+    toy = Toy()
+    graph, out = capture(step, toy)
+    graph.replay()
+    assert graph.unwritten == []
+    assert torch.equal(values(out), values(step(Toy())))
+
+
 def test_what_was_left_by_the_replay_before_is_not_there_any_more(device):
     """Memory of the graph that nobody holds is anybody's between two replays."""
 
