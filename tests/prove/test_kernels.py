@@ -140,7 +140,7 @@ def test_a_spill_of_ours_cannot_be_accepted(after):
     for each in of_stock["kernels"]:
         each["origin"] = "vllm 1"
     expected = kernels.updated({}, of_stock)
-    assert judged(of_stock, expected)["_spilling_kernel"][0] == "proven on CPU"
+    assert judged(of_stock, expected)["stock _spilling_kernel"][0] == "proven on CPU"
 
 
 def test_a_better_kernel_is_a_change_too_but_wider_accesses_are_not(before, after):

@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             added.add_argument(
                 "--update", action="store_true", help="accept what is found now"
             )
+            added.add_argument(
+                "--figures", action="store_true", help="print every figure instead"
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
             for name in ("write", "html"):
                 if getattr(args, name, None):
                     _write(args.instrument, name, getattr(args, name), say)
+            return 0
+        if getattr(args, "figures", False):
+            _print_figures(say, args.json)
             return 0
     except (CannotRunError, ChildError, jsonfile.CannotWriteError, OSError) as error:
         print(f"vllm-ext: {error}", file=sys.stderr)
@@ -92,6 +98,13 @@ def _write(instrument: str, what: str, file: str, say: Say) -> None:
     module = import_module(f"vllm_ext.prove.{instrument}")
     getattr(module, what)(Path(file), say)
     say(f"wrote {file}")
+
+
+def _print_figures(say: Say, as_json: bool) -> None:
+    from vllm_ext.prove import kernels
+
+    found = kernels.report(say)
+    print(json.dumps(found, indent=1) if as_json else kernels.table(found))
 
 
 def judge(instrument: str, say: Say, *, update: bool = False) -> list[Verdict]:

@@ -247,18 +247,20 @@ def judge(found: Found, expected: dict[str, Any]) -> list[Verdict]:
         if recorded is None and entries:
             why = f"no expected values with Triton {found['triton']}; {HOW_TO_RECORD}"
             result.append(Verdict("kernels", origin, "not proven", why))
+        whose = "" if origin == OURS else "stock "
         for entry, label in zip(entries, _labels(entries), strict=True):
+            subject = f"{whose}{label}"
             problems = list(_broken(entry))
             if recorded is not None:
                 problems += _changed(entry, recorded.get(entry["kernel"], {}))
             if problems:
-                result.append(_refused(label, "; ".join(problems)))
+                result.append(_refused(subject, "; ".join(problems)))
             elif recorded is not None:
                 summary = _summary(entry["figures"])
-                result.append(Verdict("kernels", label, "proven on CPU", summary))
+                result.append(Verdict("kernels", subject, "proven on CPU", summary))
         launched = {(entry["kernel"], entry["variant"]) for entry in entries}
         result += [
-            _refused(_name(kernel), f"no longer launched: {variant}")
+            _refused(f"{whose}{_name(kernel)}", f"no longer launched: {variant}")
             for kernel, variants in (recorded or {}).items()
             for variant in variants
             if (kernel, variant) not in launched
