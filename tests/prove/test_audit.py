@@ -84,6 +84,13 @@ def test_the_first_use_of_top_k_waits_once_per_process(result):
         assert using == ["top-k"]  # the first that uses it
 
 
+def test_a_lagging_device_gives_the_same_tokens(result):
+    for run in audit.RUNS:
+        found = result[run.title]
+        assert found["tokens"] >= 4 * len(found["stock"])
+        assert (found["stock_lags"], found["patched_lags"]) == ([], [])
+
+
 def test_the_patch_for_v1_takes_four_waits_away(result):
     assert waits(result, V1, "stock", RESTORED) == 4 * ["_mask_stop_token_logits"]
     assert waits(result, V1, "patched", RESTORED) == []
@@ -169,6 +176,17 @@ def test_a_patch_that_was_never_called_is_not_proven(result):
     assert "never called" in found.detail
 
 
+def test_another_token_on_a_lagging_device_is_a_fault(result):
+    changed = copy.deepcopy(result)
+    changed[V2.title]["patched_lags"].append("top-k")
+    found = verdict(changed, "repeated_batch")
+    assert (found.outcome, found.fault) == ("not proven", True)
+    assert found.detail == "on a device that lags, other tokens for top-k"
+    assert verdict(changed, "stock Model Runner V2").outcome == "proven on CPU"
+    changed[V2.title]["stock_lags"].append("greedy")
+    assert verdict(changed, "stock Model Runner V2").fault
+
+
 def test_what_changed_is_named(result):
     before = audit.document(result)
     after = audit.document(planted(result, V2, "stock", "min-p"))
@@ -241,6 +259,54 @@ def test_steady_steps_are_told_from_the_others(waits_at):
         **{"launch": 1, "triton": 0, "graph": 0, "h2d": 0},
         "d2h": int(expected) if isinstance(expected, bool) else expected,
     }
+
+
+class Reading(Decoding):
+    """Reads each token from a copy, and waits for the copy or does not."""
+
+    def __init__(self, device, waits):
+        super().__init__(device, ())
+        self.waits = waits
+
+    def step(self):
+        answers = super().step()
+        for name in [*self.tokens]:
+            token = torch.tensor([len(self.tokens[name])], pin_memory=True).to(
+                DEVICE, non_blocking=True
+            )
+            copy = (token + 5).to("cpu", non_blocking=True)
+            if self.waits:
+                torch.cuda.current_stream().record_event().synchronize()
+            self.tokens[name][-1:] = [int(copy)]
+            if len(self.tokens[name]) == auditrun.LENGTH:
+                del self.tokens[name]
+        return answers
+
+
+@pytest.mark.usefixtures("no_parameters")
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_result_that_is_read_too_early_is_seen_on_a_lagging_device(waits):
+    features = {"greedy": {"temperature": 0.0}, "drawn": {"temperature": 1.0}}
+    with PretendDevice() as device:
+        prompt, lagging = (
+            auditrun.decode(Reading(device, waits), device, features, lags=lags)
+            for lags in (False, True)
+        )
+        assert not device.lags
+    assert list(prompt) == ["greedy"]  # a draw without a seed is never the same
+    assert auditrun.differing(prompt, lagging) == ([] if waits else ["greedy"])
+
+
+@pytest.mark.usefixtures("no_parameters")
+def test_requests_without_end_are_given_up(monkeypatch):
+    monkeypatch.setattr(auditrun, "PATIENCE", 0.05)
+    with PretendDevice() as device:
+        engine = Decoding(device, ())
+        tokens = auditrun.decode(
+            engine, device, {"greedy": {"temperature": 0.0}}, lags=True
+        )
+    assert tokens["greedy"]
+    assert not engine.has_unfinished_requests()
 
 
 @pytest.mark.usefixtures("no_parameters")

@@ -27,8 +27,10 @@ Real engines with a tiny model on the pretend device
 step, stock and, where it differs, patched (`→`). A host wait stalls the host until the
 device has done all that was submitted; an event wait, until one copy is over. The
 forward pass is the replay of a graph; where `graph` is 0 it runs piece by piece, and
-its launches count. Blocks of the KV cache are large here: with 16 tokens per block,
-every 16th step of a request adds one Triton launch and one copy. Nothing ran on a GPU.
+its launches count. A device that lags runs nothing before the host waits for it, so
+that what the host overwrites or reads too early gives other tokens. Blocks of the KV
+cache are large here: with 16 tokens per block, every 16th step of a request adds one
+Triton launch and one copy. Nothing ran on a GPU.
 """
 ENDING = """
 "Seen" is what this audit came by, on stock vLLM. On a GPU `VLLM_GPU_SYNC_CHECK=error`
@@ -312,32 +314,23 @@ def verdicts(say: Say) -> list[Verdict]:
 def judge(result: Result, runs: Sequence[Run] = RUNS) -> list[Verdict]:
     """What `gather` found, patch by patch.
 
-    A patch is proven if it was called and no steady step under the patches of its
-    model runner waits, where it ran asynchronously; a wait under a patch is a fault.
-    Stock is proven if it waits at none but known `SITES`; another one is a fault.
+    A patch is proven if it was called, no steady step under the patches of its model
+    runner waits, where it ran asynchronously, and a device that lags gives the same
+    tokens; a wait or another token under a patch is a fault. Stock is proven if it
+    waits at none but known `SITES` and a device that lags gives the same tokens.
     """
     found: list[Verdict] = []
     for run in runs:
         if run.kind == "asynchronous":
-            patched = result[run.title]
-            found += [
-                _patch_verdict(name, run, patched["patched"], patched["patches"][name])
-                for name in run.patches
-            ]
+            found += [_patch_verdict(name, result[run.title]) for name in run.patches]
     for runner in (2, 1):
-        stock = [
-            (run.title, name, each)
-            for run in runs
-            if run.runner == runner
-            for name, each in result[run.title]["stock"].items()
-        ]
-        found.append(_stock_verdict(f"stock Model Runner V{runner}", stock))
+        its = [result[run.title] for run in runs if run.runner == runner]
+        found.append(_stock_verdict(f"stock Model Runner V{runner}", its))
     return found
 
 
-def _patch_verdict(
-    name: str, run: Run, features: dict[str, Any], calls: dict[str, Any]
-) -> Verdict:
+def _patch_verdict(name: str, found: dict[str, Any]) -> Verdict:
+    features, calls = found["patched"], found["patches"][name]["calls"]
     waits = [
         (feature, wait) for feature, each in features.items() for wait in each["waits"]
     ]
@@ -348,34 +341,52 @@ def _patch_verdict(
         more = f", and {len(waits) - 1} more" if len(waits) > 1 else ""
         what = f"{feature}: {wait['why']} at {_place(wait)}{more}"
         return Verdict("syncs", name, "not proven", what, fault=True)
-    if not calls["calls"]:
+    if found["patched_lags"]:
+        what = f"on a device that lags, {_other_tokens(found['patched_lags'])}"
+        return Verdict("syncs", name, "not proven", what, fault=True)
+    if not calls:
         return Verdict("syncs", name, "not proven", f"never called in {seen}")
-    detail = f"0 host waits in {seen}; called {calls['calls']} times"
+    detail = f"0 host waits in {seen}, called {calls} times; {_same_tokens([found])}"
     return Verdict("syncs", name, "proven on CPU", detail)
 
 
-def _stock_verdict(subject: str, seen: list[tuple[str, str, Any]]) -> Verdict:
+def _stock_verdict(subject: str, found: Sequence[dict[str, Any]]) -> Verdict:
+    seen = [(name, each) for its in found for name, each in its["stock"].items()]
     known = {(site.file, site.function) for site in SITES}
     new = [
         f"{feature}: {wait['why']} at {_place(wait)}"
-        for _, feature, each in seen
+        for feature, each in seen
         for wait in (*each["waits"], *each["events"], *each["first"])
         if (wait["file"], wait["function"]) not in known
     ]
     if new:
         what = f"{len(new)} waits that are not on record; {new[0]}"
         return Verdict("syncs", subject, "not proven", what, fault=True)
-    steps = sum(each["steps"] for _, _, each in seen)
+    other = [feature for its in found for feature in its["stock_lags"]]
+    if other:
+        what = f"on a device that lags, {_other_tokens(other)}"
+        return Verdict("syncs", subject, "not proven", what, fault=True)
+    steps = sum(each["steps"] for _, each in seen)
     detail = f"0 host waits in {steps} steady steps over {len(seen)} features"
     waiting = [
         f"{feature} {_number(_times(each['waits']) / each['steps'])}"
-        for _, feature, each in seen
+        for feature, each in seen
         if each["waits"]
     ]
     if waiting:
         detail = f"host waits per step, all on record: {'; '.join(waiting)}"
         detail += f"; none in the other {len(seen) - len(waiting)} features"
+    detail = f"{detail}; {_same_tokens(found)}"
     return Verdict("syncs", subject, "proven on CPU", detail)
+
+
+def _same_tokens(found: Sequence[dict[str, Any]]) -> str:
+    tokens = sum(its["tokens"] for its in found)
+    return f"{tokens} tokens the same on a device that lags"
+
+
+def _other_tokens(features: Sequence[str]) -> str:
+    return f"other tokens for {', '.join(features)}"
 
 
 def changes(before: str, after: str) -> list[str]:
@@ -405,6 +416,10 @@ def _document(result: Result, runs: Sequence[Run]) -> Iterator[str]:
         yield from _table(result[run.title])
         if run.patched:
             yield _patches(run, result[run.title])
+        for side in ("stock", "patched")[: 1 + bool(run.patched)]:
+            other = result[run.title][f"{side}_lags"]
+            same = _other_tokens(other) if other else "the same tokens"
+            yield f"On a device that lags, {side}: {same}.\n"
     yield "## Host waits of steady steps\n"
     yield from _places(result, runs, "waits")
     yield "## Host waits when requests arrive or leave, and at first use\n"

@@ -27,6 +27,8 @@ from vllm_ext.prove.syncs import Found, Wait, watch
 REQUESTS = 2
 WARM = 2  # tokens until all that is scheduled for a request is a decode
 STEADY = 2  # rounds that are watched then
+LENGTH = 8  # tokens of a request that is compared
+JOINING = 3  # such requests that arrive in a step
 PATIENCE = 120  # seconds, for a grammar to be compiled on a busy machine
 BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
 VOCABULARY = 512
@@ -101,7 +103,9 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
         ``runner``, its module; ``asynchronous``, how it schedules; ``stock`` and
         ``patched``, by feature what `observe` gives; ``patches``, by name how often
         its replacements were called, and ``aside``, how often they left a step to
-        stock code for which reason.
+        stock code for which reason; ``tokens``, how many `decode` gave, and
+        ``stock_lags`` and ``patched_lags``, the features for which it gave others
+        when the device lagged.
     """
     features, options = KINDS[kind]
     with PretendDevice() as device, _engine(device, **options) as llm:
@@ -114,12 +118,18 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
         runner = engine.model_runner(llm)
         scheduler = llm.llm_engine.vllm_config.scheduler_config
         stock = watched(features)
+        expected = decode(llm.llm_engine, device, features, lags=False)
+        stock_lags = decode(llm.llm_engine, device, features, lags=True)
         outcomes = _apply(patches)
+        patched_lags = decode(llm.llm_engine, device, features, lags=True)
         return {
             "runner": type(runner).__mro__[1].__module__,
             "asynchronous": scheduler.async_scheduling,
             "stock": stock,
             "patched": watched(patched),
+            "tokens": sum(len(tokens) for tokens in expected.values()),
+            "stock_lags": differing(expected, stock_lags),
+            "patched_lags": differing(expected, patched_lags),
             "patches": {
                 outcome.patch.name: {
                     "calls": sum(outcome.calls.values()),
@@ -239,6 +249,56 @@ def observe(llm_engine: Any, device: PretendDevice, wanted: dict[str, Any]) -> A
         "first": _sites(wait for found in before + after for wait in found.waits),
         "submitted": _per_step(steady),
     }
+
+
+def decode(
+    llm_engine: Any,
+    device: PretendDevice,
+    features: dict[str, dict[str, Any]],
+    *,
+    lags: bool,
+) -> dict[str, list[int]]:
+    """Tokens of one request per feature, of which some join while others run.
+
+    Args:
+        lags: Let the device run nothing before the host waits for it: what the host
+            overwrites too early, or reads too early, then gives other tokens.
+    """
+    waiting = [
+        (name, wanted)
+        for name, wanted in features.items()
+        if wanted["temperature"] == 0 or "seed" in wanted  # the others never repeat
+    ]
+    tokens: dict[str, list[int]] = {name: [] for name, _ in waiting}
+    device.finish()
+    device.lags = lags
+    try:
+        index = 0
+        # Requests whose tokens are never seen would go on for ever.
+        deadline = time.monotonic() + PATIENCE
+        while waiting or llm_engine.has_unfinished_requests():
+            if time.monotonic() > deadline:
+                llm_engine.abort_request(list(tokens))
+                break
+            for name, wanted in waiting[:JOINING]:
+                prompt = {"prompt_token_ids": _prompt(index)}
+                shorter = {**wanted, "max_tokens": LENGTH}
+                if "min_tokens" in wanted:
+                    shorter["min_tokens"] = LENGTH - 2
+                llm_engine.add_request(name, prompt, _parameters(shorter, index))
+                index += 1
+            del waiting[:JOINING]
+            for answer in llm_engine.step():
+                tokens[answer.request_id] = list(answer.outputs[0].token_ids)
+    finally:
+        device.lags = False
+        device.finish()
+    return tokens
+
+
+def differing(expected: dict[str, list[int]], found: dict[str, list[int]]) -> list[str]:
+    """The features that got other tokens."""
+    return [name for name in expected if expected[name] != found[name]]
 
 
 def _prompt(index: int) -> list[int]:
