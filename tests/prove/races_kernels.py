@@ -386,6 +386,19 @@ def atomic_and_plain_load():
 
 
 @triton.jit
+def _zeroing_kernel(count_ptr):
+    if tl.program_id(0) == 0:
+        tl.store(count_ptr, 0)  # zeroed_by_one
+    tl.atomic_add(count_ptr, 1)  # zeroed_by_one
+
+
+@case()
+def zeroed_by_one():
+    count = torch.ones(1, dtype=torch.int32)
+    return (count,), lambda: _zeroing_kernel[(3,)](count)
+
+
+@triton.jit
 def _scope_kernel(count_ptr):
     tl.atomic_add(count_ptr, 1, scope="cta")  # atomic_of_one_program
 
@@ -464,9 +477,9 @@ def _last_done_kernel(x_ptr, part_ptr, count_ptr, y_ptr, SEM: tl.constexpr):
     if arrived == rows - 1:
         total = 0
         for i in range(rows):
-            total += tl.load(part_ptr + i)  # arrival_without_order
+            total += tl.load(part_ptr + i)  # relaxed_only acquires_only releases_only
         tl.store(y_ptr, total)
-        tl.store(count_ptr, 0)  # arrival_without_order
+        tl.store(count_ptr, 0)  # relaxed_only acquires_only releases_only
 
 
 def last_done(semantic):
@@ -478,8 +491,18 @@ def last_done(semantic):
 
 
 @case()
-def arrival_without_order():
+def relaxed_only():
     return last_done("relaxed")
+
+
+@case()
+def acquires_only():
+    return last_done("acquire")
+
+
+@case()
+def releases_only():
+    return last_done("release")
 
 
 @triton.jit

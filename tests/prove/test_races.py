@@ -125,6 +125,11 @@ PLANTED = {
         "atomic of 4 bytes at byte 0 of count_ptr (int32[1]), which program (0, 0, 0) "
         "loaded",
     ),
+    "zeroed_by_one": (
+        *({"race", "order"}, "_zeroing_kernel", (1, 0, 0)),
+        "atomic of 4 bytes at byte 0 of count_ptr (int32[1]), which program (0, 0, 0) "
+        "stored",
+    ),
     "atomic_of_one_program": (
         *({"race"}, "_scope_kernel", (1, 0, 0)),
         "byte 0 of count_ptr (int32[1]), which program (0, 0, 0) stored",
@@ -144,11 +149,6 @@ PLANTED = {
     "lanes_of_one_store": (
         *({"race"}, "_lanes_kernel", (0, 0, 0)),
         "lanes of one store have different values for byte 0 of y_ptr (int32[4])",
-    ),
-    "arrival_without_order": (
-        *({"race"}, "_last_done_kernel", (4, 0, 0)),
-        "load of 8 bytes at byte 0 of part_ptr (int64[5]), which program (0, 0, 0) "
-        "stored",
     ),
     "stored_after_arrival": (
         *({"race"}, "_first_done_kernel", (3, 0, 0)),
@@ -186,6 +186,12 @@ PLANTED = {
         "byte 12 of y_ptr (int32[3])",
     ),
 }
+for semantic in ("relaxed_only", "acquires_only", "releases_only"):
+    PLANTED[semantic] = (
+        *({"race"}, "_last_done_kernel", (4, 0, 0)),
+        "load of 8 bytes at byte 0 of part_ptr (int64[5]), which program (0, 0, 0) "
+        "stored",
+    )
 CLEAN = (
     *("rows_with_gaps", "named_targets", "an_address_as_a_number", "masked_tail"),
     *("in_place", "atomic_sum_of_integers", "last_done_finishes", "same_value"),
@@ -376,8 +382,8 @@ def test_stock_kernels_and_patches():
         r"\d+ launches, \d+ sizes, in 3 orders",
         judged["stock _gumbel_sample_kernel"].detail,
     )
-    assert len(said) == 3
-    assert said[1].startswith("the stock engine: ")
+    [stock] = [text for text in said if text.startswith("the stock engine: ")]
+    assert re.fullmatch(r".*: \d+ launches of 27 kernels, 0 faults", stock)
 
 
 def test_a_bug_in_a_launch_of_the_engine():
@@ -431,7 +437,10 @@ def found_in(
             for name in faults
         ],
         "patches": [
-            {"name": patch.name, "state": "in use", "reason": "", "calls": calls}
+            {
+                **{"name": patch.name, "state": "in use", "reason": ""},
+                **{"calls": calls, "aside": {}},
+            }
             for patch in SERIES
         ],
         "stopped": stopped,
@@ -502,8 +511,13 @@ def test_a_patch_that_did_not_run_is_not_proven():
     assert {(each.outcome, each.fault) for each in judged} == {UNKNOWN}
     skipped = found_in()
     skipped["patches"][0] |= {"state": "skipped", "reason": "f changed"}
+    skipped["patches"][1]["aside"] = {"drafts": 2, "prefill": 1}
+    skipped["patches"][2]["aside"] = {"drafts": 2}
     skipped["patches"].pop()
-    first, *_, last = races.patch_verdicts(found_in(), skipped, {})
+    first, second, third, *_, last = races.patch_verdicts(found_in(), skipped, {})
+    assert (second.outcome, second.fault) == UNKNOWN
+    assert second.detail == "left all to stock: drafts"
+    assert third.outcome == "proven on CPU"
     assert (first.outcome, first.fault) == UNKNOWN
     assert first.detail == "skipped: f changed"
     assert (last.outcome, last.fault) == UNKNOWN
@@ -513,10 +527,31 @@ def test_an_engine_that_fails_is_a_finding():
     class Failing:
         name = "the stock engine"
 
-        def hear(self):
+        def ready(self, timeout):
+            return bool(said)
+
+        def hear(self, timeout):
             raise ChildError("it ended with status 1; its last lines:\n | a\n | No: b")
 
     said = []
     found = races._hear(Failing(), said.append)
     assert found["stopped"] == "it ended with status 1; its last lines: No: b"
-    assert said == ["the stock engine: 0 launches of 0 kernels, 0 faults"]
+    assert said == [
+        "the stock engine boots or decodes (20 s)",
+        "the stock engine: 0 launches of 0 kernels, 0 faults",
+    ]
+
+
+def test_a_fault_is_searched_for_patch_by_patch(monkeypatch):
+    """The engines are played: those with the third patch on have a fault."""
+    culprit = SERIES[2].name
+
+    def hear(patches, say):
+        return found_in(("new",) if culprit in patches else ())
+
+    monkeypatch.setattr(races, "_start", lambda stack, lane, patches: patches)
+    monkeypatch.setattr(races, "_hear", hear)
+    said = []
+    judged = races.verdicts(said.append)
+    assert [each.subject for each in judged if each.fault] == [culprit]
+    assert said[1:] == [f"faults with patches on: {each.name} alone" for each in SERIES]

@@ -9,7 +9,8 @@ store and atomic:
         kernel[grid](x, y, n, BLOCK=1024)
     sanitizer.check()
 
-It reports, once per kernel and line, with program, argument and byte:
+A kernel's tests enter one around each launch, or let a fixture do it. It reports, once
+per kernel and line, with program, argument and byte:
 
 ``out of bounds``  an address that is no element of the tensor its pointer came from.
     The tensor is the view that was passed: a neighbouring row of the same storage is
@@ -39,9 +40,9 @@ fences that are missing in compiled code, and programs that wait for later ones 
 not seen. Of several programs that load an address, or change it atomically, the first
 is remembered, which can hide a race only where some of them are ordered and others are
 not; the other orders of a launch have another first one. Reads of memory that nobody
-wrote are not reported.
-Rounding and reduction orders are the interpreter's. Only tensors in the memory of
-this process: with a pretend device, enter the sanitizer before the device.
+wrote are not reported. Rounding and reduction orders are the interpreter's. Tensors
+have to lie in the memory of this process, or the launch is not watched, which `check`
+says; with a pretend device, enter the sanitizer before the device.
 """
 
 import ctypes
@@ -973,6 +974,7 @@ def _tensors(name: str, given: Any, host: Any) -> Iterator[tuple[str, Any, Any]]
 SEATS = 8
 MULTIPROCESSORS = 4  # what kernels are told: some take several rows per program
 STEPS = 40  # at most; a run takes about 20
+PROGRESS, LONGEST = 20, 400  # seconds: between words about an engine, and until it ends
 ABORTED = {"aborted": 9}  # step
 
 # Where the model runner and the sampler have their kernels.
@@ -1061,16 +1063,17 @@ def _start(stack: ExitStack, lane: dict[str, str | None], patches: list[str]) ->
 def _hear(engine: Child, say: Callable[[str], None]) -> dict[str, Any]:
     """What it found; an engine that failed found that."""
     try:
-        found: dict[str, Any] = engine.hear()
+        for waited in range(PROGRESS, LONGEST, PROGRESS):
+            if engine.ready(PROGRESS):
+                break
+            say(f"{engine.name} boots or decodes ({waited} s)")
+        found: dict[str, Any] = engine.hear(PROGRESS)
     except ChildError as error:
         lines = str(error).splitlines()
         why = " ".join(dict.fromkeys((lines[0], lines[-1].strip(" |"))))
         found = {"kernels": {}, "faults": [], "patches": [], "stopped": why}
-    launches = sum(kernel["launches"] for kernel in found["kernels"].values())
-    say(
-        f"{engine.name}: {launches} launches of {len(found['kernels'])} kernels, "
-        f"{_count(len(found['faults']), 'fault')}"
-    )
+    faults = _count(len(found["faults"]), "fault")
+    say(f"{engine.name}: {_launches(found)}, {faults}")
     return found
 
 
@@ -1106,19 +1109,19 @@ def patch_verdicts(
     own = {name: _new_faults(found, stock) for name, found in alone.items()}
     shared = [] if any(own.values()) else _new_faults(patched, stock)
     states = {each["name"]: each for each in patched["patches"]}
-    launches = sum(kernel["launches"] for kernel in patched["kernels"].values())
-    launched = sum(bool(kernel["launches"]) for kernel in patched["kernels"].values())
-    counted = f"{launches} launches of {_count(launched, 'kernel')}"
+    idle = {"calls": 0, "state": "off", "reason": "", "aside": {}}
     judged = []
     for patch in SERIES:
         name = patch.name
-        state = states.get(name, {"calls": 0, "state": "off", "reason": ""})
+        state = states.get(name, idle)
         if patched["stopped"]:
             verdict = _faulty(name, f"stopped: {patched['stopped']}")
         elif state["reason"]:
             verdict = _unknown(name, f"{state['state']}: {state['reason']}")
         elif not state["calls"]:
             verdict = _unknown(name, "not called in a decode of Model Runner V2")
+        elif sum(state["aside"].values()) >= state["calls"]:
+            verdict = _unknown(name, f"left all to stock: {next(iter(state['aside']))}")
         elif own.get(name):
             verdict = _faulty(name, _texts(own[name]))
         elif shared:
@@ -1126,7 +1129,8 @@ def patch_verdicts(
             verdict = _faulty(name, f"{where}: {_texts(shared)}")
         else:
             calls = _count(state["calls"], "call")
-            verdict = _proven(name, f"{calls}; {counted} with all patches on")
+            launches = _launches(patched)
+            verdict = _proven(name, f"{calls}; {launches} with all patches on")
         judged.append(verdict)
     return judged
 
@@ -1151,6 +1155,12 @@ def _watched(kernel: dict[str, Any]) -> str:
         orders = "of one program each"
     launches = f"{kernel['launches']} launch{'es' * (kernel['launches'] > 1)}"
     return f"{launches}, {_count(kernel['sizes'], 'size')}, {orders}"
+
+
+def _launches(found: dict[str, Any]) -> str:
+    numbers = [kernel["launches"] for kernel in found["kernels"].values()]
+    kernels = _count(sum(number > 0 for number in numbers), "kernel")
+    return f"{sum(numbers)} launches of {kernels}"
 
 
 def _texts(faults: list[dict[str, Any]]) -> str:
