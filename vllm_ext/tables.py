@@ -144,7 +144,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/proofs.md": {
         module: docstring(module)
         for module in (
-            *("pretend", "syncs", "graphs", "races", "kernels", "compiles", "lag"),
+            *("pretend", "syncs", "graphs", "sanitizer", "kernels", "compiles", "lag"),
             "engine",
         )
     },

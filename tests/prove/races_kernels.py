@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vllm_ext.prove.races import KernelFault, Sanitizer
+from vllm_ext.prove.sanitizer import KernelFault, Sanitizer
 from vllm_ext_cpulane.engine import report
 from vllm_ext_cpulane.hook import platform_hook
 

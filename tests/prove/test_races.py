@@ -342,7 +342,7 @@ def test_wide_blocks_cost_a_few_times_the_three_runs(found):
 
 def test_needs_the_interpreter():
     script = """
-        from vllm_ext.prove.races import Sanitizer
+        from vllm_ext.prove.sanitizer import Sanitizer
         from vllm_ext_cpulane.engine import report
 
         try:

@@ -6,7 +6,6 @@ those in which they arrive and leave. First everything is stock, then patches ar
 applied to the same engine.
 """
 
-import importlib
 import tempfile
 import time
 from collections import Counter
@@ -16,13 +15,10 @@ from typing import Any
 from unittest import mock
 
 from vllm_ext.children import serve
-from vllm_ext.patches import FINGERPRINTS, SERIES
-from vllm_ext.patching.engine import Engine, Outcome
-from vllm_ext.patching.fingerprint import Source, read_known
-from vllm_ext.plugin import PACKAGE, package_folder
 from vllm_ext.prove import engine
 from vllm_ext.prove.pretend import PretendDevice
 from vllm_ext.prove.syncs import Found, Wait, watch
+from vllm_ext.testing import all_applied
 
 REQUESTS = 2
 WARM = 2  # tokens until all that is scheduled for a request is a decode
@@ -120,13 +116,14 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
         stock = watched(features)
         expected = decode(llm.llm_engine, device, features, lags=False)
         stock_lags = decode(llm.llm_engine, device, features, lags=True)
-        outcomes = _apply(patches)
-        patched_lags = decode(llm.llm_engine, device, features, lags=True)
+        with all_applied(patches) as outcomes:
+            patched_lags = decode(llm.llm_engine, device, features, lags=True)
+            under_patches = watched(patched)
         return {
             "runner": type(runner).__mro__[1].__module__,
             "asynchronous": scheduler.async_scheduling,
             "stock": stock,
-            "patched": watched(patched),
+            "patched": under_patches,
             "tokens": sum(len(tokens) for tokens in expected.values()),
             "stock_lags": differing(expected, stock_lags),
             "patched_lags": differing(expected, patched_lags),
@@ -138,25 +135,6 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
                 for outcome in outcomes
             },
         }
-
-
-def _apply(names: list[str]) -> list[Outcome]:
-    """Apply patches by name, for as long as the process lasts.
-
-    Raises:
-        PatchError: One does not fit.
-    """
-    patcher = Engine(
-        Source(package_folder(), PACKAGE),
-        read_known(FINGERPRINTS),
-        count=True,
-        strict=True,
-    )
-    chosen = [patch for patch in SERIES if patch.name in names]
-    for patch in chosen:
-        for module in patch.modules:
-            importlib.import_module(module)
-    return [patcher.offer(patch) for patch in chosen]
 
 
 @contextmanager

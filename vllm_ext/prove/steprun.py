@@ -13,7 +13,6 @@ forward pass is the one that vLLM's own graph for that batch size holds.
 Runs in a process of its own on the CPU lane, as a child of `vllm_ext.prove.stepgraph`.
 """
 
-import importlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,13 +22,10 @@ from unittest import mock
 
 from vllm_ext import gpupath
 from vllm_ext.children import serve
-from vllm_ext.patches import FINGERPRINTS, SERIES
-from vllm_ext.patching.engine import Engine, Outcome
-from vllm_ext.patching.fingerprint import Source, read_known
-from vllm_ext.plugin import PACKAGE, package_folder
 from vllm_ext.prove import engine, graphs
 from vllm_ext.prove.pretend import PretendDevice, Stream
 from vllm_ext.prove.stepgraph import EVERY_STEP, STOCK
+from vllm_ext.testing import all_applied
 
 SEATS = 4
 STEADY = 3  # steps captured before a request is replaced by another, and after
@@ -101,34 +97,11 @@ def look(patches: dict[str, list[str]], stock: bool) -> dict[str, dict[str, Any]
             eager = _decode(llm, "eager")
             found[STOCK] = _finding(llm, device, STOCK) | {"eager": eager, "calls": 0}
         for subject, names in patches.items():
-            with _applied(names) as outcomes:
+            with all_applied(names) as outcomes:
                 found[subject] = _finding(llm, device, subject)
             calls = sum(sum(outcome.calls.values()) for outcome in outcomes)
             found[subject]["calls"] = calls
         return found
-
-
-@contextmanager
-def _applied(names: list[str]) -> Iterator[list[Outcome]]:
-    """Apply patches by name, and take them back.
-
-    Raises:
-        PatchError: One does not fit.
-    """
-    patcher = Engine(
-        Source(package_folder(), PACKAGE),
-        read_known(FINGERPRINTS),
-        count=True,
-        strict=True,
-    )
-    chosen = [patch for patch in SERIES if patch.name in names]
-    for module in dict.fromkeys(name for patch in chosen for name in patch.modules):
-        importlib.import_module(module)
-    try:
-        yield [patcher.offer(patch) for patch in chosen]
-    finally:
-        for patch in reversed(chosen):
-            patcher.revert(patch.name)
 
 
 def _finding(llm: Any, device: PretendDevice, name: str) -> dict[str, Any]:
