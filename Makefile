@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 TESTS ?=
+# Two processes; a file stays in one of them, with the engines that its tests share.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
 
 .DEFAULT_GOAL := help
@@ -17,7 +19,7 @@ demo: setup  ## the main job: real vLLM on this CPU, patched against stock
 	@$(RUN) -m vllm_ext demo $(ARGS)
 
 test: setup browser  ## all tests; those that need a GPU are reported as not run (TESTS=path)
-	@$(RUN) -m pytest -m "not early_warning" $(TESTS)
+	@$(RUN) -m pytest $(WORKERS) -m "not early_warning" $(TESTS)
 
 browser:  ## Chromium, which one test looks at a page with; installed on Debian as root
 	@for name in chromium chromium-browser google-chrome; do \
@@ -27,7 +29,7 @@ browser:  ## Chromium, which one test looks at a page with; installed on Debian 
 	  >/dev/null || echo "setup: install Chromium, or the test of a page will fail"
 
 early-warning: setup  ## the CPU lane on vLLM 0.33.0, which has no CPU build; may fail
-	@$(RUN) -m pytest -m early_warning tests
+	@$(RUN) -m pytest $(WORKERS) -m early_warning tests
 
 gpu:  ## the tests that need a GPU, on a machine that has one
 	@python -m pytest -m gpu tests

