@@ -76,7 +76,7 @@ def test_patches_of_several_processes_become_one_line_each():
         {"patches": [patch("a", "in use", 5), patch("b", "skipped", 0, "changed")]},
         {"patches": [patch("a", "in use", 2), patch("b", "in use", 4, aside={"x": 2})]},
     ]
-    assert demo._merged(states) == [
+    assert demo.merged(states) == [
         {"name": "a", "state": "in use", "calls": 7, "reason": "", "aside": {}},
         {
             **{"name": "b", "state": "skipped", "calls": 7, "reason": "changed"},

@@ -178,7 +178,7 @@ def compare_tokens(
             say(f"{name}: {done} (boot {boot:.0f} s, run {decode:.0f} s)")
         for child in engines.values():
             child.close()  # the state file is complete when the process has ended
-        states = _merged(read_states(Path(folder)))
+        states = merged(read_states(Path(folder)))
     stock, patched = answers["stock"], answers["patched"]
     tokens = difference(stock["requests"], patched["requests"])
     tokens["requests"] = len(stock["requests"])
@@ -241,7 +241,7 @@ def difference(stock: dict[str, Any], patched: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def _merged(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def merged(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per patch, of all processes: the most telling state, summed calls."""
     merged: dict[str, dict[str, Any]] = {}
     for state in states:

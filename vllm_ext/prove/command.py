@@ -23,6 +23,7 @@ INSTRUMENTS = {
     "races": "kernels: accesses out of bounds, and races between programs",
     "kernels": "kernels: registers, spills, shared memory, width of loads",
     "compiles": "what is compiled while decoding, after warm-up",
+    "gpu": "tokens, waits and compilations on a GPU, or the files that tell of them",
     "lag": "tokens on a device that is as far behind the host as code lets it be",
 }
 KNOWN = ("0.32.", "0.33.")  # versions of vLLM that the instruments were made for
