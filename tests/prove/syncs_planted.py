@@ -58,6 +58,11 @@ def item(t):
 
 
 @waits
+def formatted(t):
+    return f"{t.floats.sum()}"  # waits
+
+
+@waits
 def as_bool(t):
     small = t.floats.max() < 5
     if small:  # waits
@@ -312,6 +317,15 @@ def eager_copies(t):
     there = t.host_ids.to(t.device, non_blocking=True)
     back = there.to("cpu", non_blocking=True)
     torch.cuda.current_stream().record_event().synchronize()  # an event: told apart
+    return back
+
+
+@clean
+def eager_copies_that_convert(t):
+    there = t.host_ids.to(t.device, torch.int32, non_blocking=True)
+    back = torch.empty(there.shape, dtype=torch.int64, pin_memory=True)
+    back.copy_(there, non_blocking=True)
+    torch.cuda.current_stream().record_event().synchronize()
     return back
 
 

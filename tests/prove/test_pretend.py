@@ -196,14 +196,19 @@ def test_nobody_is_nowhere():
     ("make", "waits"),
     [
         (lambda: pinned(1, 2).to(DEVICE, non_blocking=True), False),
-        (lambda: pinned(1, 2).to(DEVICE, torch.float32, non_blocking=True), True),
+        (lambda: pinned(1, 2).to(DEVICE, torch.float32, non_blocking=True), False),
         (lambda: pinned(1, 2, 3, 4)[::2].to(DEVICE, non_blocking=True), True),
         (lambda: there().copy_(pinned(1), non_blocking=True), True),
         (lambda: there().t()[0].copy_(pinned(1, 2), non_blocking=True), False),
         (lambda: there().to("cpu", non_blocking=True), False),
-        (lambda: there().to("cpu", torch.int32, non_blocking=True), True),
+        (lambda: there().to("cpu", torch.int32, non_blocking=True), False),
+        (lambda: pinned(0.5, 0.5).copy_(there()[0], non_blocking=True), False),
+        (lambda: pinned(1, 2, 3, 4)[::2].copy_(there()[0], non_blocking=True), True),
     ],
-    ids=["plain", "converted", "gaps", "spread", "into gaps", "back", "back converted"],
+    ids=[
+        *("plain", "converted", "gaps", "spread", "into gaps", "back"),
+        *("back converted", "back converted into pinned", "back into gaps"),
+    ],
 )
 def test_a_copy_is_direct_or_passes_pageable_memory(device, make, waits):
     seen = []
@@ -217,6 +222,58 @@ def there():
     return torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        str,
+        repr,
+        lambda t: f"{t}",
+        lambda t: f"{t[0, 0]:.2f}",
+        lambda t: ", ".join(map(str, t)),
+    ],
+)
+def test_to_print_a_tensor_is_to_wait_for_it(device, shown):
+    seen = []
+    device.observers.append(seen.append)
+    assert "7" in shown(torch.full((1, 1), 7.0, device=DEVICE))
+    assert [each for each in seen if each.wait]
+
+
+def test_streams_of_the_accelerator_are_the_devices(device):
+    seen = []
+    device.observers.append(seen.append)
+    torch.accelerator.current_stream().synchronize()
+    torch.Stream(DEVICE).synchronize()
+    assert [each.wait for each in seen] == ["waits for a stream"] * 2
+
+
+def test_a_host_tensor_takes_no_index_of_the_device(device):
+    host = torch.arange(4.0)
+    with pytest.raises(RuntimeError, match="same device as the indexed"):
+        host[torch.ones(2, dtype=torch.int64, device=DEVICE)]
+    with pytest.raises(RuntimeError, match="same device as the indexed"):
+        host[torch.ones(2, dtype=torch.int64, device=DEVICE)] = 5.0
+
+
+def test_what_is_pending_may_fail_and_torch_is_torch_again():
+    def boom():
+        raise ValueError("late")
+
+    stock = torch.tensor, torch.cuda.Event
+    with pytest.raises(ValueError, match="late"), PretendDevice(lags=True) as device:
+        device.stream.pending.append(boom)
+    assert (torch.tensor, torch.cuda.Event) == stock
+    with pytest.raises(KeyError), PretendDevice(lags=True) as device:
+        device.stream.pending.append(boom) or {}["nothing"]
+    assert (torch.tensor, torch.cuda.Event) == stock
+
+
+def test_one_device_is_not_in_use_twice(device):
+    with pytest.raises(RuntimeError, match="in use already"), device:
+        pass
+    assert torch.zeros(1, device=DEVICE).item() == 0
+
+
 # -- a device that lags ----------------------------------------------------------------
 
 
@@ -226,6 +283,28 @@ def test_nothing_runs_before_somebody_waits(lagging):
     assert data_of(total).isnan().all()
     torch.cuda.synchronize()
     assert data_of(total).tolist() == [1, 1, 1]
+
+
+def test_a_number_on_the_host_is_handed_over_as_it_is(lagging):
+    number, ones = torch.tensor(1.0), torch.ones(2, device=DEVICE)
+    mask = torch.tensor([True, False])
+    made = []
+    for value in (0.0, 1.0, 2.0):
+        number.fill_(value)
+        made.append(ones * number)
+        made.append(ones.masked_fill(mask.to(DEVICE), number))
+    number.fill_(9.0)
+    assert [each.tolist() for each in made] == (
+        [[0, 0], [0, 1], [1, 1], [1, 1], [2, 2], [2, 1]]
+    )
+
+
+def test_a_mask_on_the_host_is_expanded_there(lagging):
+    x = torch.arange(4.0, device=DEVICE)
+    mask = torch.tensor([True, False, True, False])
+    picked = x[mask]
+    mask.fill_(False)
+    assert picked.tolist() == [0, 2]
 
 
 def test_whatever_reads_waits_for_what_was_submitted(lagging):

@@ -175,7 +175,12 @@ class PretendTensor(torch.Tensor):  # type: ignore[misc]
         return tensor
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PretendTensor({tuple(self.shape)}, {self.dtype})"
+        # With no device in use it is a debugger that asks.
+        data = self.cpu() if _devices else self.data_on_device
+        return f"PretendTensor({data}, device='{DEVICE}:0')"
+
+    def __format__(self, how: str) -> str:
+        return format(self.item(), how) if self.dim() == 0 else str(self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # Of a CUDA tensor only: the number becomes a host tensor, and what happens
@@ -329,9 +334,16 @@ class Event:
         if capture is not None and capture is current().capture:
             capture.wait(self, stream or current().stream)
         elif mark is not None:
-            (stream or current().stream).submit(lambda: self._finish(mark))
+            stream, taking = stream or current().stream, current().capture
+            if taking is not None and taking.takes(stream):
+                current().refuse_while_capturing(
+                    "Event.wait", "waits for an event from outside the capture"
+                )
+            stream.submit(lambda: self._finish(mark))
 
     def synchronize(self) -> None:
+        if self._capture is not None:
+            raise RuntimeError("the host cannot wait for an event of a capture")
         current().report_wait(EVENT_WAIT, "waits for an event")
         if self._mark is not None:
             self._finish(self._mark)
@@ -433,6 +445,8 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
         self._undo = ExitStack()
 
     def __enter__(self) -> "PretendDevice":
+        if self in _devices:
+            raise RuntimeError("this pretend device is in use already")
         _devices.append(self)
         self._undo.enter_context(_stand_ins(self))
         super().__enter__()
@@ -440,9 +454,12 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        self.finish()
-        self._undo.close()
-        _devices.remove(self)
+        try:
+            if exc[0] is None:
+                self.finish()
+        finally:
+            self._undo.close()
+            _devices.remove(self)
 
     # -- what the host may do ----------------------------------------------------------
 
@@ -615,7 +632,9 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         packet = function.overloadpacket
         wait = _why_it_waits(packet, args, kwargs)
-        if packet not in INDEXING and "device" not in kwargs:  # zeros_like and so on
+        if packet in INDEXING:
+            args = _indices_on_device(*args)
+        elif "device" not in kwargs:  # zeros_like and so on
             _refuse_mixed_devices(function, flat)
         kind: Kind = "launch"
         if packet in (aten._local_scalar_dense, aten.item):
@@ -655,7 +674,10 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
                 for into, value in zip(made, values, strict=True):
                     into.copy_(value)
 
-        self.submit(operation, run, inner_args, inner_kwargs, made)
+        # What lies on the host is handed over now, by value.
+        taken = tree_map(_taken, (args, {**kwargs, **on_host}))
+        taken[1].pop("pin_memory", None)
+        self.submit(operation, run, *taken, made)
         return result
 
     def _promise(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -764,6 +786,14 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 # -- small questions -----------------------------------------------------------------
 
 
+def _taken(value: Any) -> Any:
+    """The data of a device tensor; of a host tensor a copy."""
+    if _is_tensor(value) and not on_device(value):
+        with _disable_current_modes():
+            return value.clone()
+    return data_of(value)
+
+
 def map_data(value: Any) -> Any:
     """``value`` with the CPU tensors behind its device tensors in their place."""
     return tree_map(data_of, value)
@@ -829,11 +859,13 @@ def _crossing(source: Any, target: Any, eager: bool) -> tuple[Kind, str]:
         return "launch", ""
     kind: Kind = "h2d" if on_device(target) else "d2h"
     host, way = (source, "from") if kind == "h2d" else (target, "to")
-    # CUDA converts and gathers on the host, in pageable memory of its own.
+    # Gaps are closed, and rows repeated, where the source lies: on the host that takes
+    # pageable memory. A dtype is converted on the device, by a copy that blocks on
+    # the host.
     direct = (
         host.is_contiguous()
-        and source.dtype == target.dtype
-        and source.shape == target.shape
+        and (eager or source.dtype == target.dtype)
+        and (kind == "d2h" or source.shape == target.shape)
     )
     if not (is_pinned(host) and direct):
         return kind, f"copies {way} pageable host memory"
@@ -871,6 +903,27 @@ def _why_indexing_waits(
     if any(not on_device(each) and each.dtype != torch.bool for each in given):
         return "has an index that lies on the host"
     return "copies a number from pageable host memory" if number else ""
+
+
+def _indices_on_device(tensor: Any, indices: Any, *rest: Any) -> tuple[Any, ...]:
+    """Arguments of an indexing, each mask that lies on the host expanded there.
+
+    Raises:
+        RuntimeError: The indexed tensor lies on the host, an index on the device.
+    """
+    if not on_device(tensor):
+        raise RuntimeError(
+            "indices should be either on cpu or on the same device as the indexed "
+            "tensor (cpu)"
+        )
+    expanded: list[Any] = []
+    for index in indices:
+        if _is_tensor(index) and not on_device(index) and index.dtype == torch.bool:
+            with _disable_current_modes():
+                expanded += map(PretendTensor, index.nonzero().unbind(1))
+        else:
+            expanded.append(index)
+    return tensor, expanded, *rest
 
 
 def _refuse_mixed_devices(function: Any, flat: Sequence[Any]) -> None:
@@ -960,7 +1013,9 @@ def _stand_ins(device: PretendDevice) -> Iterator[None]:
         (torch.accelerator, "synchronize", device.synchronize),
         (torch.accelerator, "empty_cache", lambda: None),
         (torch.accelerator, "get_memory_info", lambda *_: (0, 0)),
-        (torch.accelerator, "get_memory_info", lambda *_: (0, 0)),
+        (torch.accelerator, "current_stream", lambda *_, **__: device.stream),
+        (torch.accelerator, "set_stream", set_stream),
+        (torch, "Stream", Stream),
         (
             torch.cuda,
             "is_current_stream_capturing",

@@ -22,7 +22,9 @@ vLLM's own ``VLLM_GPU_SYNC_CHECK=error`` raises at the same operations.
 
 Limits: on the pretend device an operation waits if it is listed there
 (`vllm_ext.prove.pretend.READS` and what follows): what an operator library does inside
-a custom operation is not seen. Compiled code is not looked into on either.
+a custom operation is not seen, nor what torch reads back to check it, as in
+``torch.linalg.inv``, ``histc`` without a range and ``isin`` of many. Compiled code is
+not looked into on either.
 """
 
 import warnings
