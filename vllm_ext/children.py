@@ -25,6 +25,13 @@ SHOWN_LINES = 15
 class ChildError(RuntimeError):
     """A child ended, or did not answer in time; carries its last lines."""
 
+    @property
+    def line(self) -> str:
+        """What happened and the last thing that the child said, as one line."""
+        lines = [line.strip(" |") for line in str(self).splitlines()]
+        said = [line for line in lines if line] or [type(self).__name__]
+        return " ".join(dict.fromkeys((said[0], said[-1])))
+
 
 class Child:
     """A Python module that runs in its own process and serves questions.

@@ -89,8 +89,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
         try:
             patched = _decode({**settings, "VEXT_STATE_DIR": folder})
         except ChildError as error:
-            lines = str(error).splitlines()
-            stopped = " ".join(dict.fromkeys((lines[0], lines[-1].strip(" |"))))
+            stopped = error.line
         states = {each["name"]: each for each in demo.merged(read_states(Path(folder)))}
     return {
         "tokens": demo.difference(stock, patched),

@@ -119,9 +119,7 @@ def _hear(engine: Child, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"{engine.name} boots or decodes ({waited} s)")
         found: dict[str, Any] = engine.hear(PROGRESS)
     except ChildError as error:
-        lines = str(error).splitlines()
-        why = " ".join(dict.fromkeys((lines[0], lines[-1].strip(" |"))))
-        found = {"kernels": {}, "faults": [], "patches": [], "stopped": why}
+        found = {"kernels": {}, "faults": [], "patches": [], "stopped": error.line}
     faults = counted(len(found["faults"]), "fault")
     say(f"{engine.name}: {_launches(found)}, {faults}")
     return found
