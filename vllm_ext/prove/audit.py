@@ -143,7 +143,7 @@ SITES = (
     ),
     Site(
         *(GPU1, "_to_list", "V1, synchronous scheduling, every step"),
-        "int32 into an int64 buffer: the copy converts on the host, and blocks",
+        "an event: asynchronous scheduling or V2",
     ),
     Site(
         *("vllm/v1/sample/rejection_sampler.py", "parse_output"),
@@ -177,10 +177,6 @@ SITES = (
     Site(
         *(GPU1, "_sync_device", "V1: prompt logprobs, at the end of a prefill"),
         "V2, which copies them asynchronously",
-    ),
-    Site(
-        *(GPU1, "_get_prompt_logprobs_dict", "V1: prompt logprobs, in a prefill"),
-        "ranks are converted on the host, so that their copy blocks",
     ),
     Site(
         *("vllm/v1/utils.py", "copy_slice"),
