@@ -255,6 +255,20 @@ def test_a_host_tensor_takes_no_index_of_the_device(device):
         host[torch.ones(2, dtype=torch.int64, device=DEVICE)] = 5.0
 
 
+def test_a_capture_and_the_rest_do_not_wait_for_each_other(device):
+    x, outside = torch.zeros(2, device=DEVICE), torch.cuda.Event()
+    torch.cuda.current_stream().record_event(outside)
+    refused = pytest.raises(RuntimeError, match="from outside the capture")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.cuda.current_stream().wait_event(outside)
+    inside = torch.cuda.Event()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.add_(1)
+        torch.cuda.current_stream().record_event(inside)
+    with pytest.raises(RuntimeError, match="an event of a capture"):
+        inside.synchronize()
+
+
 def test_what_is_pending_may_fail_and_torch_is_torch_again():
     def boom():
         raise ValueError("late")

@@ -342,9 +342,9 @@ class Event:
             stream.submit(lambda: self._finish(mark))
 
     def synchronize(self) -> None:
+        current().report_wait(EVENT_WAIT, "waits for an event")
         if self._capture is not None:
             raise RuntimeError("the host cannot wait for an event of a capture")
-        current().report_wait(EVENT_WAIT, "waits for an event")
         if self._mark is not None:
             self._finish(self._mark)
 
@@ -674,10 +674,11 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
                 for into, value in zip(made, values, strict=True):
                     into.copy_(value)
 
-        # What lies on the host is handed over now, by value.
-        taken = tree_map(_taken, (args, {**kwargs, **on_host}))
-        taken[1].pop("pin_memory", None)
-        self.submit(operation, run, *taken, made)
+        if self.capture is None:  # a capture sees to host tensors by itself
+            inner_args = tree_map(_taken, args)
+            inner_kwargs = {**inner_kwargs, **tree_map(_taken, kwargs), **on_host}
+            inner_kwargs.pop("pin_memory", None)
+        self.submit(operation, run, inner_args, inner_kwargs, made)
         return result
 
     def _promise(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -787,7 +788,7 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 
 
 def _taken(value: Any) -> Any:
-    """The data of a device tensor; of a host tensor a copy."""
+    """The data of a device tensor; of a host tensor a copy: CUDA takes its value."""
     if _is_tensor(value) and not on_device(value):
         with _disable_current_modes():
             return value.clone()
