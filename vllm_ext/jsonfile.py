@@ -27,14 +27,19 @@ def check(path: Path) -> None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Put ``value`` into ``path`` as JSON, in one move.
+    """Put ``value`` into ``path`` as JSON; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put ``text`` into ``path``, in one move.
 
     Raises:
         CannotWriteError: The folder or the disk does not let it.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(json.dumps(value, indent=1) + "\n")
+        scratch.write_text(text)
         scratch.replace(path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

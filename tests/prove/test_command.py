@@ -10,8 +10,10 @@ from vllm_ext import doctor
 from vllm_ext.children import ChildError
 from vllm_ext.cli import main
 from vllm_ext.hostbench import CannotRunError
+from vllm_ext.jsonfile import CannotWriteError
+from vllm_ext.patching.fingerprint import SourceError
 from vllm_ext.prove import command
-from vllm_ext.prove.verdict import Verdict
+from vllm_ext.prove.verdict import Verdict, reason
 
 GOOD = Verdict("races", "some_patch", "proven on CPU", "12 launches in 3 orders")
 UNKNOWN = Verdict("races", "other_patch", "not proven", "these steps do not call it")
@@ -78,38 +80,102 @@ def test_json_is_the_same_as_data(instruments, capsys):
     assert json.loads(out)[0]["evidence"] == "results/a.json"
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (CannotRunError("needs the CPU lane: run make setup"), "run make setup"),
-        (ChildError("stock engine ended with status 1; ...\n  | a\n"), "status 1"),
-        (ModuleNotFoundError("no", name="torch"), "needs torch"),
-        (KeyError("scheduler"), "KeyError: 'scheduler'"),
-    ],
+ENDED = ChildError(
+    "stock engine ended with status 1; its last lines:\n"
+    "  | Traceback (most recent call last):\n  | RuntimeError: no such op\n  | "
 )
+ERRORS = {
+    "needs the CPU lane": CannotRunError("needs the CPU lane"),
+    "stock engine ended with status 1; its last lines: RuntimeError: no such op": ENDED,
+    "stock engine: no | such mode": ChildError("stock engine: no | such mode"),
+    "needs torch, which comes with vLLM; in a checkout, run make setup": (
+        ModuleNotFoundError("no", name="torch")
+    ),
+    "x.md cannot be written: it is a folder": (
+        CannotWriteError("x.md cannot be written: it is a folder")
+    ),
+    "KeyError: 'scheduler'": KeyError("scheduler"),
+    "ValueError: first": ValueError("first\nsecond"),
+    "AssertionError": AssertionError(),
+    "CannotRunError": CannotRunError(""),
+    "ChildError": ChildError(""),
+}
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_an_error_is_one_line(said):
+    assert reason(ERRORS[said]) == said
+
+
+@pytest.mark.parametrize("said", ERRORS)
 def test_one_that_cannot_be_used_is_named_and_the_rest_reported(
-    instruments, capsys, error, said
+    instruments, capsys, said
 ):
-    instruments(graphs=error, races=[GOOD])
+    instruments(graphs=ERRORS[said], races=[GOOD])
     status, out, _ = prove(capsys, "all")
     assert status == 1
     broken, good, total = out.splitlines()
     assert broken.startswith("graphs")
-    assert said in broken
+    assert broken.endswith(f" {said}")
     assert "proven on CPU" in good
     assert total.startswith("0 proven on GPU, 1 proven on CPU, 1 not proven")
 
 
+@pytest.fixture(
+    params=[("graphs", "--write"), ("graphs", "--html"), ("kernels", "--figures")],
+    ids=" ".join,
+)
+def errand(request, tmp_path):
+    """Arguments for what an instrument does beside judging."""
+    instrument, option = request.param
+    file = [] if option == "--figures" else [str(tmp_path / "file")]
+    return [instrument, option, *file]
+
+
+@pytest.mark.parametrize("said", ERRORS)
+def test_an_errand_that_fails_is_one_line(errand, instruments, capsys, said):
+    instruments(**{errand[0]: []})
+    module = sys.modules[f"vllm_ext.prove.{errand[0]}"]
+
+    def fails(*arguments):
+        raise ERRORS[said]
+
+    module.write = module.html = module.report = fails
+    assert prove(capsys, *errand) == (1, "", f"vllm-ext: {said}\n")
+
+
+class Unknown:
+    version = "0.40.1"
+
+
 def test_a_vllm_that_nobody_knows_is_named(instruments, capsys, monkeypatch):
     instruments(races=[GOOD])
-
-    class Unknown:
-        version = "0.40.1"
-
     monkeypatch.setattr(doctor, "open_source", lambda path: Unknown)
     status, out, _ = prove(capsys, "races")
     assert status == 1
     assert "prove knows vLLM 0.32.x and 0.33.x, here is 0.40.1" in out
+
+
+def test_an_errand_is_not_run_with_a_vllm_that_nobody_knows(
+    errand, capsys, monkeypatch
+):
+    monkeypatch.setattr(doctor, "open_source", lambda path: Unknown)
+    status, out, err = prove(capsys, *errand)
+    assert (status, out) == (1, "")
+    assert err.startswith("vllm-ext: prove knows vLLM 0.32.x and 0.33.x, here is 0.40")
+
+
+def test_without_vllm_it_says_what_to_do(errand, instruments, capsys, monkeypatch):
+    def missing():
+        raise SourceError("not installed")
+
+    instruments(**{"races": [GOOD], errand[0]: []})
+    monkeypatch.setattr(doctor, "package_folder", missing)
+    told = "vLLM is not installed here; in a checkout, run make setup"
+    status, out, _ = prove(capsys, "races")
+    assert status == 1
+    assert out.splitlines()[0].endswith(f" {told}")
+    assert prove(capsys, *errand) == (1, "", f"vllm-ext: {told}\n")
 
 
 @pytest.mark.parametrize("name", command.INSTRUMENTS)

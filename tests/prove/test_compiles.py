@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ext.children import ChildError
+from vllm_ext.patches import SERIES
+from vllm_ext.prove import compiles
+from vllm_ext.prove.audit import V2_PATCHES
 from vllm_ext.prove.compiles import judge
 from vllm_ext_cpulane.engine import run_script
 from vllm_ext_cpulane.environment import lane_environment
@@ -47,3 +51,49 @@ def test_a_compilation_in_the_second_round_is_no_proof():
     assert verdict.outcome == "not proven"
     assert verdict.detail.endswith(": _late_kernel")
     assert judge("stock", {**swept, "again": [], "steps": 4}).outcome == "proven on CPU"
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Engines that answer at once, or fail; by name."""
+
+    def play(**answers):
+        class Engine:
+            def __init__(self, name):
+                self.answers = iter(answers[name])
+
+            def hear(self):
+                answer = next(self.answers)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+        monkeypatch.setattr(
+            compiles, "_start", lambda stack, number, name, settings: Engine(name)
+        )
+
+    return play
+
+
+STOCK = [None, {"first": ["a"], "again": [], "steps": 4}, []]
+ENDED = ChildError("patched engine ended; its last lines:\n  | a\n  | No: b")
+
+
+@pytest.mark.parametrize("answers", [[ENDED], [None, ENDED]], ids=["boot", "sweep"])
+def test_stock_is_judged_though_the_patched_engine_failed(engines, answers):
+    engines(stock=STOCK, patched=answers)
+    stock, patched = compiles.verdicts(lambda text: None)
+    assert (stock.subject, stock.outcome) == ("stock", "proven on CPU")
+    assert (patched.subject, patched.outcome) == ("all patches", "not proven")
+    assert patched.fault
+    assert patched.detail == "patched engine ended; its last lines: No: b"
+
+
+@pytest.mark.vllm
+def test_nothing_is_compiled_while_decoding():
+    stock, *patches = compiles.verdicts(lambda text: None)
+    assert (stock.subject, stock.outcome) == ("stock", "proven on CPU")
+    assert [each.subject for each in patches] == [patch.name for patch in SERIES]
+    proven = tuple(each.subject for each in patches if each.outcome == "proven on CPU")
+    assert proven == V2_PATCHES
+    assert not any(each.fault for each in patches)

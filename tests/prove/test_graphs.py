@@ -2,7 +2,9 @@
 
 import gc
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from prove import graphs_planted
 from prove.graphs_planted import BAKED, REFUSED, ROWS, Toy, clean, line_of, pinned
 
-from vllm_ext.prove import graphs, page, pretend, stepgraph
+from vllm_ext.hostbench import CannotRunError
+from vllm_ext.patching.engine import PatchError
+from vllm_ext.prove import graphs, page, pretend, stepgraph, steprun
 from vllm_ext.prove.graphs import (
     CaptureError,
     DeadInput,
@@ -812,6 +816,79 @@ def test_the_page_has_every_launch(stock):
     text = page.draw(stock)
     assert text.count("<li data-reads") == sum(stock["launches"].values())
     assert "<h2 class=moves>Moves between two captures <b>4</b></h2>" in text
+
+
+def test_a_patch_that_cannot_be_captured_is_named_and_ends_its_engine():
+    lane = lane_environment("interpret") | {"VEXT": "0"}
+    found = run_script(HERE / "graphs_refused.py", lane, timeout=120)
+    assert list(found) == ["waits"]  # the engine is in the middle of a step
+    lines = (HERE / "graphs_refused.py").read_text().splitlines()
+    at = next(n for n, line in enumerate(lines, 1) if line.endswith("# marked"))
+    assert found["waits"]["failed"].startswith("CaptureError: not possible while a gr")
+    assert f"graphs_refused.py:{at} in waits" in found["waits"]["failed"]
+
+
+def test_a_patch_that_does_not_fit_is_named(monkeypatch):
+    @contextmanager
+    def booted(*arguments, **options):
+        yield None
+
+    @contextmanager
+    def all_applied(names):
+        if names == ["unfit"]:
+            raise PatchError("unfit does not fit: f has changed\nby much")
+        yield [SimpleNamespace(calls={"f": 2})]
+
+    monkeypatch.setattr(steprun.engine, "booted", booted)
+    monkeypatch.setattr(steprun.engine, "model_runner", lambda llm: None)
+    monkeypatch.setattr(steprun.gpupath, "graphs_that_replay", lambda runner: None)
+    monkeypatch.setattr(steprun, "all_applied", all_applied)
+    monkeypatch.setattr(steprun, "_decode", lambda llm, name: [[1, 2]])
+    monkeypatch.setattr(steprun, "_finding", lambda *arguments: entry(calls=None))
+    found = steprun.look({"fits": ["fits"], "no": ["unfit"], "left": []}, stock=True)
+    assert list(found) == ["stock", "fits", "no"]
+    assert found["fits"]["calls"] == 2
+    assert found["no"] == {"failed": "unfit does not fit: f has changed"}
+
+
+class Engines:
+    """Play children of `stepgraph.look`: they stop at patches in ``bad``."""
+
+    def __init__(self, *bad):
+        self.bad, self.asked = bad, []
+
+    def __call__(self, stack, patches, stock):
+        found = {"stock": entry()} if stock else {}
+        for name in patches:
+            found[name] = {"failed": f"{name}: no"} if name in self.bad else entry()
+            if name in self.bad:
+                break
+        self.asked.append(list(patches))
+        return SimpleNamespace(hear=lambda timeout: found)
+
+
+def test_behind_a_patch_that_fails_another_engine_looks(monkeypatch):
+    names = [patch.name for patch in stepgraph.SERIES]
+    bad = [names[0], names[-1]]
+    engines = Engines(*bad)
+    monkeypatch.setattr(stepgraph, "_start", engines)
+    first, *rest = stepgraph.verdicts(lambda text: None)
+    assert first.subject == "the stock step as one graph"
+    assert first.outcome == "proven on CPU"
+    assert [each.subject for each in rest] == [*names, "all patches"]
+    assert [each.subject for each in rest if each.fault] == bad
+    assert {each.detail for each in rest if each.fault} == {f"{n}: no" for n in bad}
+    assert sum(each.outcome == "proven on CPU" for each in rest) == len(rest) - 2
+    assert len(engines.asked) == 3
+    assert engines.asked[-1][-1] == "all patches"
+    assert not {*bad} & {*engines.asked[-1]}
+
+
+def test_no_list_is_written_of_patches_that_fail(monkeypatch, tmp_path):
+    monkeypatch.setattr(stepgraph, "_start", Engines("all patches"))
+    with pytest.raises(CannotRunError, match="^all patches: all patches: no$"):
+        stepgraph.write(tmp_path / "list.md", lambda text: None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_found_is_written(found, tmp_path: Path):

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_ext import doctor, jsonfile
-from vllm_ext.children import ChildError
 from vllm_ext.hostbench import CannotRunError
 from vllm_ext.patching.fingerprint import SourceError
-from vllm_ext.prove.verdict import Verdict
+from vllm_ext.prove.verdict import Verdict, failed, reason
 
 INSTRUMENTS = {
     "syncs": "what makes the host wait for the device, with file and line",
@@ -27,6 +26,7 @@ INSTRUMENTS = {
     "lag": "tokens on a device that is as far behind the host as code lets it be",
 }
 KNOWN = ("0.32.", "0.33.")  # versions of vLLM that the instruments were made for
+NO_VLLM = "vLLM is not installed here; in a checkout, run make setup"
 
 Say = Callable[[str], None]
 
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, "figures", False):
             _print_figures(say, args.json)
             return 0
-    except (CannotRunError, ChildError, jsonfile.CannotWriteError, OSError) as error:
-        print(f"vllm-ext: {error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, one line
+        print(f"vllm-ext: {reason(error)}", file=sys.stderr)
         return 1
     names = list(INSTRUMENTS) if args.instrument == "all" else [args.instrument]
     found = [
@@ -96,14 +96,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(instrument: str, what: str, file: str, say: Say) -> None:
-    module = import_module(f"vllm_ext.prove.{instrument}")
-    getattr(module, what)(Path(file), say)
+    getattr(_load(instrument), what)(Path(file), say)
     say(f"wrote {file}")
 
 
 def _print_figures(say: Say, as_json: bool) -> None:
-    from vllm_ext.prove import kernels
-
+    kernels = _load("kernels")
     found = kernels.report(say)
     print(json.dumps(found, indent=1) if as_json else kernels.table(found))
 
@@ -111,25 +109,26 @@ def _print_figures(say: Say, as_json: bool) -> None:
 def judge(instrument: str, say: Say, *, update: bool = False) -> list[Verdict]:
     """What one instrument says; that it cannot be used is a verdict too."""
     try:
-        version = doctor.open_source(None).version
-        if not version.startswith(KNOWN):
-            raise CannotRunError(
-                f"prove knows vLLM {' and '.join(f'{each}x' for each in KNOWN)}, "
-                f"here is {version}: install one of them"
-            )
-        module: Any = import_module(f"vllm_ext.prove.{instrument}")
+        module = _load(instrument)
         options = {"update": update} if instrument == "kernels" else {}
         answers: list[Verdict] = partial(module.verdicts, **options)(say)
         return answers
-    except ModuleNotFoundError as error:
-        why = (
-            f"needs {error.name}, which comes with vLLM; in a checkout, run make setup"
-        )
-    except (CannotRunError, ChildError, SourceError) as error:
-        why = str(error).splitlines()[0]
     except Exception as error:  # the other instruments go on
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-    return [Verdict(instrument, "everything", "not proven", why, fault=True)]
+        return [failed(instrument, "everything", error)]
+
+
+def _load(instrument: str) -> Any:
+    """The module of an instrument, for a vLLM that it was made for."""
+    try:
+        version = doctor.open_source(None).version
+    except SourceError:
+        raise CannotRunError(NO_VLLM) from None
+    if not version.startswith(KNOWN):
+        raise CannotRunError(
+            f"prove knows vLLM {' and '.join(f'{each}x' for each in KNOWN)}, "
+            f"here is {version}: install one of them"
+        )
+    return import_module(f"vllm_ext.prove.{instrument}")
 
 
 def table(found: Sequence[Verdict]) -> str:

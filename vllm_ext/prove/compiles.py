@@ -19,15 +19,15 @@ vLLM sees them all: serve with ``--jit-monitor-mode=error``.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from vllm_ext import hostbench
-from vllm_ext.children import Child, serve
+from vllm_ext.children import Child, ChildError, serve
 from vllm_ext.patches import SERIES
-from vllm_ext.prove.verdict import Verdict
+from vllm_ext.prove.verdict import Verdict, failed
 
 if TYPE_CHECKING:
     from vllm_ext.hostloop import HostLoop
@@ -74,20 +74,25 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
         say: Told what is going on.
 
     Returns:
-        One for stock, and one for each patch.
+        One for stock, and one for each patch; or one for all of them, if the engine
+        that has them failed.
 
     Raises:
         hostbench.CannotRunError: There is no CPU lane here.
-        ChildError: An engine failed.
+        ChildError: The stock engine failed.
     """
     names = ",".join(patch.name for patch in SERIES)
-    with _engines({"stock": {"VEXT": "0"}, "patched": _patched(names)}) as engines:
+    with ExitStack() as stack:
+        stock = _start(stack, 0, "stock", {"VEXT": "0"})
+        patched = _start(stack, 1, "patched", _patched(names))
         say("compiles: two engines meet every batch size and way of sampling, twice")
-        for engine in engines.values():
-            engine.tell("sweep")
-        found = {name: engine.hear() for name, engine in engines.items()}
-        states = {each["name"]: each for each in engines["patched"].ask("patches")}
-    answers = [judge("stock", found["stock"])]
+        found, _ = _answers(stock)
+        answers = [judge("stock", found)]
+        try:
+            found, listed = _answers(patched)
+        except ChildError as error:
+            return [*answers, failed("compiles", "all patches", error)]
+    states = {each["name"]: each for each in listed}
     for patch in SERIES:
         state = states[patch.name]
         if state["state"] != "in use":
@@ -95,7 +100,7 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
             detail = f"{state['state']}: {detail}"
             answers.append(Verdict("compiles", patch.name, "not proven", detail))
         else:
-            answers.append(judge(patch.name, found["patched"]))
+            answers.append(judge(patch.name, found))
     return answers
 
 
@@ -116,23 +121,24 @@ def _patched(names: str) -> dict[str, str | None]:
     return {"VEXT": "1", "VEXT_PATCHES": names, "VEXT_STRICT": "0"}
 
 
-@contextmanager
-def _engines(
-    settings: dict[str, dict[str, str | None]],
-) -> Iterator[dict[str, Child]]:
-    lane = hostbench.environment("discard")
+def _start(
+    stack: ExitStack, number: int, name: str, settings: dict[str, str | None]
+) -> Child:
+    """An engine on a core of its own that decodes; closed with ``stack``."""
+    environment = {**hostbench.environment("discard"), **settings}
     cores = sorted(os.sched_getaffinity(0))
-    with ExitStack() as stack:
-        engines = {}
-        for number, (name, extra) in enumerate(settings.items()):
-            environment = {**lane, **extra}
-            child = Child("vllm_ext.prove.compiles", environment, f"{name} engine")
-            stack.callback(child.close)
-            child.tell("boot", cpu=cores[number % len(cores)])
-            engines[name] = child
-        for child in engines.values():
-            child.hear()
-        yield engines
+    child = Child("vllm_ext.prove.compiles", environment, f"{name} engine")
+    stack.callback(child.close)
+    child.tell("boot", cpu=cores[number % len(cores)])
+    child.tell("sweep")
+    child.tell("patches")
+    return child
+
+
+def _answers(engine: Child) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What its `sweep` found, and its patches."""
+    engine.hear()  # it has booted
+    return engine.hear(), engine.hear()
 
 
 # -- in the child ------------------------------------------------------------------

@@ -18,9 +18,9 @@ from contextlib import ExitStack
 from typing import Any
 
 from vllm_ext import demo, hostbench, hostloop, tokenrun
-from vllm_ext.children import Child, serve
+from vllm_ext.children import Child, ChildError, serve
 from vllm_ext.patches import SERIES
-from vllm_ext.prove.verdict import Verdict
+from vllm_ext.prove.verdict import Verdict, failed
 
 
 def verdicts(say: Callable[[str], None]) -> list[Verdict]:
@@ -30,25 +30,33 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
         say: Told what is going on.
 
     Returns:
-        One for each patch that these steps use; one for stock, if they differ.
+        One for each patch that these steps use, or one for all of them, if their
+        engine failed; one for stock, if tokens differ.
 
     Raises:
         hostbench.CannotRunError: There is no CPU lane here.
-        ChildError: An engine failed.
+        ChildError: The engine on a device that keeps up failed.
     """
     say("lag: stock on a device that keeps up, patched on one that lags")
     names = ",".join(patch.name for patch in SERIES)
     with ExitStack() as stack:
         stock = _start(stack, {"VEXT": "0"}, lags=False)
         patched = _start(stack, {"VEXT": "1", "VEXT_PATCHES": names}, lags=True)
-        expected, found = stock.hear(), patched.hear()
-        states = {each["name"]: each for each in patched.ask("patches")}
+        expected = stock.hear()
+        try:
+            found = patched.hear()
+            states = {each["name"]: each for each in patched.ask("patches")}
+        except ChildError as error:
+            return [failed("lag", "all patches", error)]
         difference = demo.difference(expected, found)
         answers = []
         if difference["different"]:
             say("lag: tokens differ; looking whether stock's do, too")
-            lagging = _start(stack, {"VEXT": "0"}, lags=True).hear()
-            answers.append(judge("stock", demo.difference(expected, lagging)))
+            try:
+                lagging = _start(stack, {"VEXT": "0"}, lags=True).hear()
+                answers.append(judge("stock", demo.difference(expected, lagging)))
+            except ChildError as error:
+                answers.append(failed("lag", "stock", error))
     used = [patch.name for patch in SERIES if states[patch.name]["state"] == "in use"]
     return [*answers, *(judge(name, difference) for name in used)]
 

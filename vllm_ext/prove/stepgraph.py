@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import hostbench
+from vllm_ext import hostbench, jsonfile
 from vllm_ext.children import Child
 from vllm_ext.patches import SERIES
 from vllm_ext.prove import page
@@ -27,6 +27,7 @@ EVERY_STEP = "every step"
 SUBJECT = "the stock step as one graph"
 TOGETHER = "all patches"
 ALL = {TOGETHER: [patch.name for patch in SERIES]}
+TIMEOUT = 600  # seconds, for an engine and all that it looks at
 
 
 def verdicts(say: Callable[[str], None]) -> list[Verdict]:
@@ -36,24 +37,32 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
         CannotRunError: There is no CPU lane.
         ChildError: An engine failed.
     """
-    each = {patch.name: [patch.name] for patch in SERIES}
-    found = look(say, each | ALL)
-    stock = found.pop(STOCK)
+    subjects = {patch.name: [patch.name] for patch in SERIES} | ALL
+    found = look(say, subjects)
+    stock = found[STOCK]
     return [
         judge_stock(stock),
-        *(judge_patch(name, entry, stock) for name, entry in found.items()),
+        *(judge_patch(name, found[name], stock) for name in subjects),
     ]
 
 
 def write(path: Path, say: Callable[[str], None]) -> None:
-    """Write `work_list` to ``path``."""
+    """Write `work_list` to ``path``.
+
+    Raises:
+        CannotRunError: There is no CPU lane, or the step with all patches failed.
+        ChildError: An engine failed.
+        CannotWriteError: The file cannot be written.
+    """
     found = look(say, ALL)
-    path.write_text(work_list(found[STOCK], found[TOGETHER]))
+    if "failed" in found[TOGETHER]:
+        raise hostbench.CannotRunError(f"{TOGETHER}: {found[TOGETHER]['failed']}")
+    jsonfile.write_text(path, work_list(found[STOCK], found[TOGETHER]))
 
 
 def html(path: Path, say: Callable[[str], None]) -> None:
     """Draw the stock step on a page."""
-    path.write_text(page.draw(look(say, {})[STOCK]))
+    jsonfile.write_text(path, page.draw(look(say, {})[STOCK]))
 
 
 def look(
@@ -64,24 +73,36 @@ def look(
     Args:
         say: Is told how far it is.
         subjects: By what they are called, names of patches that are applied together.
+
+    An engine stops at a patch that fails; what it leaves is for another.
     """
     names = list(subjects)
     half = max(0, len(names) - 1) // 2  # for the engine that decodes stock, and twice
+    with ExitStack() as stack:
+        children = [
+            _start(stack, {name: subjects[name] for name in share}, stock)
+            for share, stock in ((names[:half], True), (names[half:], False))
+            if share or stock
+        ]
+        say("capturing decode steps of a real engine on the pretend device")
+        found: dict[str, dict[str, Any]] = {}
+        for child in children:
+            found |= child.hear(TIMEOUT)
+        while left := {name: subjects[name] for name in names if name not in found}:
+            say(f"a patch failed; another engine for {', '.join(left)}")
+            found |= _start(stack, left, stock=False).hear(TIMEOUT)
+    return found
+
+
+def _start(stack: ExitStack, patches: dict[str, list[str]], stock: bool) -> Child:
+    """An engine that looks at ``patches``; closed with ``stack``."""
     environment = hostbench.environment("interpret")
     # Patches are applied in turn; the engine's own setting sizes its KV cache.
     environment |= {"VEXT": "0", "VLLM_CPU_KVCACHE_SPACE": None}
-    with ExitStack() as stack:
-        children = []
-        for share, stock in ((names[:half], True), (names[half:], False)):
-            if share or stock:
-                child = Child("vllm_ext.prove.steprun", environment, "the engine")
-                stack.callback(child.close)
-                wanted = {name: subjects[name] for name in share}
-                child.tell("look", patches=wanted, stock=stock)
-                children.append(child)
-        say("capturing decode steps of a real engine on the pretend device")
-        answers = [child.hear(600) for child in children]
-    return {name: entry for answer in answers for name, entry in answer.items()}
+    child = Child("vllm_ext.prove.steprun", environment, "the engine")
+    stack.callback(child.close)
+    child.tell("look", patches=patches, stock=stock)
+    return child
 
 
 def judge_stock(entry: dict[str, Any]) -> Verdict:
@@ -100,6 +121,8 @@ def judge_stock(entry: dict[str, Any]) -> Verdict:
 
 def judge_patch(name: str, entry: dict[str, Any], stock: dict[str, Any]) -> Verdict:
     """Whether a patch's step gives stock's tokens out of graphs, and what it moves."""
+    if "failed" in entry:
+        return Verdict("graphs", name, "not proven", entry["failed"], fault=True)
     wrong = _wrong(entry, stock["eager"])
     if wrong:
         return Verdict("graphs", name, "not proven", wrong, fault=True)

@@ -25,6 +25,7 @@ from vllm_ext.children import serve
 from vllm_ext.prove import engine, graphs
 from vllm_ext.prove.pretend import PretendDevice, Stream
 from vllm_ext.prove.stepgraph import EVERY_STEP, STOCK
+from vllm_ext.prove.verdict import reason
 from vllm_ext.testing import all_applied
 
 SEATS = 4
@@ -79,7 +80,9 @@ def look(patches: dict[str, list[str]], stock: bool) -> dict[str, dict[str, Any]
         ``unwritten`` as `graphs.Graph` has it, of all graphs; ``freed``, how many
         arguments of the first graph are freed memory in the end; ``moving``, see
         `_moving`; ``graph``, the first one as `graphs.describe` has it, with what
-        moves from it to the second.
+        moves from it to the second. For patches that do not fit, or whose step cannot
+        be captured or replayed, only ``failed``, one line; those behind them are left
+        out, because the engine may be in the middle of a step.
     """
     from vllm_ext_cpulane.tinymodel import write_model
 
@@ -97,10 +100,14 @@ def look(patches: dict[str, list[str]], stock: bool) -> dict[str, dict[str, Any]
             eager = _decode(llm, "eager")
             found[STOCK] = _finding(llm, device, STOCK) | {"eager": eager, "calls": 0}
         for subject, names in patches.items():
-            with all_applied(names) as outcomes:
-                found[subject] = _finding(llm, device, subject)
+            try:
+                with all_applied(names) as outcomes:
+                    finding = _finding(llm, device, subject)
+            except Exception as error:  # stock and the other patches are reported
+                found[subject] = {"failed": reason(error)}
+                break
             calls = sum(sum(outcome.calls.values()) for outcome in outcomes)
-            found[subject]["calls"] = calls
+            found[subject] = finding | {"calls": calls}
         return found
 
 
@@ -139,6 +146,17 @@ def _captured_steps(
     last: list[str] = []
     handed_over: list[Any] = []  # alive until the step has run
 
+    @contextmanager
+    def abandoned_on_error() -> Iterator[None]:
+        """At once: before it raises the error, the engine waits for earlier steps."""
+        try:
+            yield
+        except BaseException:
+            if device.capture is not None:
+                captured[-1].graph.abandon()
+                stream.__exit__()
+            raise
+
     def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps, last
         steps += 1
@@ -152,19 +170,23 @@ def _captured_steps(
             captured.append(Step(is_new, got_block, graphs.Graph()))
             stream.__enter__()
             captured[-1].graph.capture_begin()
-        return execute(scheduled, *args, **kwargs)
+        with abandoned_on_error():
+            return execute(scheduled, *args, **kwargs)
 
     def sample_tokens(*args: Any, **kwargs: Any) -> Any:
         if device.capture is None:
             return sample(*args, **kwargs)
         asked: list[dict[str, Any]] = []
-        with mock.patch.object(
+        keep = mock.patch.object(
             model_runner, "AsyncOutput", lambda **made: asked.append(made)
-        ):
+        )
+        with abandoned_on_error(), keep:
             sample(*args, **kwargs)
         graph = captured[-1].graph
-        graph.capture_end()
-        stream.__exit__()
+        try:
+            graph.capture_end()
+        finally:
+            stream.__exit__()
         graph.replay()
         handed_over.clear()
         [made] = asked
@@ -182,6 +204,7 @@ def _captured_steps(
         mock.patch.object(runner, "sample_tokens", sample_tokens),
         mock.patch.object(model_runner, "async_tensor_h2d", before_the_graph),
         mock.patch.object(buffer_utils, "async_tensor_h2d", before_the_graph),
+        abandoned_on_error(),
     ):
         yield
 
