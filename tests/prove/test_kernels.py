@@ -239,8 +239,27 @@ def test_an_unknown_triton_is_one_line_that_says_what_to_do(before):
     )
 
 
+def recorded(**changes):
+    """A record of one kernel; with ``name=None`` without that figure."""
+    figures = dict.fromkeys((*kernels.EXACT, *kernels.AT_LEAST), 0)
+    figures |= {"floats": {"FADD": 1}, "float_order": "0", **changes}
+    figures = {name: value for name, value in figures.items() if value is not None}
+    return json.dumps({"3.7.1": {"vllm_ext": {"a:b": {"x": {"80": figures}}}}})
+
+
+def test_a_record_as_it_should_be_is_read(record):
+    record.write_text(recorded())
+    assert kernels.read() == json.loads(recorded())
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"3.7.1": {"vllm_ext": {"a:b": {"x": {"80": {}}}}}}', None]
+    "text",
+    [
+        *("", "[]", '{"3.7.1": {"vllm_ext": {"a:b": {"x": {"80": {}}}}}}', None),
+        *(recorded(registers="x"), recorded(registers=True), recorded(stack=None)),
+        *(recorded(wide_loads="3"), recorded(floats=[]), recorded(floats={"FADD": ""})),
+        *(recorded(float_order=0), recorded(float_order=None)),
+    ],
 )
 def test_a_record_that_cannot_be_read_is_one_line(record, text, monkeypatch):
     def never(*arguments):

@@ -196,12 +196,22 @@ def read() -> dict[str, Any]:
                 for variants in kernels.values():
                     for by_arch in variants.values():
                         for figures in by_arch.values():
-                            _differences(figures, figures)
+                            _check(figures)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}; {remedy}") from None
     except (ValueError, AttributeError, LookupError, TypeError):
         raise ValueError(f"does not hold figures of kernels; {remedy}") from None
     return dict(expected)
+
+
+def _check(figures: dict[str, Any]) -> None:
+    """Raise an error unless these are what `_recorded` returns."""
+    numbers = [figures[name] for name in EXACT | AT_LEAST]
+    numbers += figures["floats"].values()
+    if any(type(each) is not int for each in numbers):
+        raise TypeError
+    if not isinstance(figures["float_order"], str):
+        raise TypeError
 
 
 def updated(expected: dict[str, Any], found: Found) -> dict[str, Any]:
