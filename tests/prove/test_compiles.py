@@ -94,6 +94,6 @@ def test_nothing_is_compiled_while_decoding():
     stock, *patches = compiles.verdicts(lambda text: None)
     assert (stock.subject, stock.outcome) == ("stock", "proven on CPU")
     assert [each.subject for each in patches] == [patch.name for patch in SERIES]
-    proven = tuple(each.subject for each in patches if each.outcome == "proven on CPU")
+    proven = [each.subject for each in patches if each.outcome == "proven on CPU"]
     assert proven == V2_PATCHES
     assert not any(each.fault for each in patches)
