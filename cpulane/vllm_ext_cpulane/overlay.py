@@ -4,6 +4,7 @@ An early warning, not a supported combination: the Python files of a CUDA wheel 
 the CPU extensions of the installed vLLM, in a folder to be put on ``PYTHONPATH``.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -45,13 +46,15 @@ def make_overlay(wheel: Path) -> Path:
     folder = Path(sys.prefix) / "overlays" / wheel.name.split("-")[1]
     stamp = folder / STAMP
     wanted = _fingerprint([wheel, *_extensions().values()])
-    if not stamp.exists() or stamp.read_text() != wanted:
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            _fill(Path(unfinished), wheel)
-            (Path(unfinished) / STAMP).write_text(wanted)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(unfinished, folder, symlinks=True)
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not stamp.exists() or stamp.read_text() != wanted:
+            with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+                _fill(Path(unfinished), wheel)
+                (Path(unfinished) / STAMP).write_text(wanted)
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(unfinished, folder, symlinks=True)
     return folder
 
 

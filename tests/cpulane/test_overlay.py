@@ -1,7 +1,9 @@
 """The folder that stands in for a CPU build of the newest vLLM."""
 
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,21 @@ def test_python_is_the_wheels_and_extensions_are_the_installed(wheel):
     assert (folder / "vllm/new.py").read_text() == "VERSION = 1"
     assert (folder / "vllm/_C.so").read_text() == "for the CPU"
     assert not list(folder.glob("*.dist-info"))
+
+
+def test_of_several_processes_one_builds_it(wheel, monkeypatch):
+    filled, fill = [], overlay._fill
+
+    def slow(folder, wheel):
+        filled.append(folder)
+        time.sleep(0.2)
+        fill(folder, wheel)
+
+    monkeypatch.setattr(overlay, "_fill", slow)
+    with ThreadPoolExecutor(3) as several:  # a lock of a file holds between them too
+        made = several.map(overlay.make_overlay.__wrapped__, [wheel] * 3)
+        assert len({*made}) == 1
+    assert len(filled) == 1
 
 
 def test_it_is_built_again_only_for_another_wheel(wheel):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import doctor
+from vllm_ext import doctor, jsonfile
 from vllm_ext.children import Child
 from vllm_ext.hostbench import environment
 from vllm_ext.patches import SERIES
@@ -296,7 +296,7 @@ def gather(say: Say, runs: Sequence[Run] = RUNS) -> Result:
 
 def write(path: Path, say: Say) -> None:
     """Write `document` of what is found now to ``path``."""
-    path.write_text(document(gather(say)))
+    jsonfile.write_text(path, document(gather(say)))
 
 
 def verdicts(say: Say) -> list[Verdict]:
