@@ -220,7 +220,7 @@ def test_without_the_lane_it_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(hostbench.importlib.util, "find_spec", lambda name: None)
     assert demo.run(parse()) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "vllm-ext: demo needs the CPU lane of a checkout: run make setup"
+        "vllm-ext: this command needs the CPU lane of a checkout: run make setup"
     )
 
 

@@ -29,7 +29,6 @@ HONEST = (
     "Nothing ran on a GPU. Host us are CPU time of the engine's thread, its kernels"
     " compiled, counted and discarded, its forward pass stubbed: no GPU speed."
 )
-NEEDS_LANE = "demo needs the CPU lane of a checkout: run make setup"
 
 # Patch states from most to least telling, for a patch in several processes.
 RANKS = ("failed", "skipped", "in use", "applied", "waiting", "upstream", "off")
@@ -75,10 +74,7 @@ def run(args: argparse.Namespace) -> int:
         result["seconds"] = round(time.monotonic() - started, 1)
         if args.json:
             jsonfile.write(args.json, result)
-    except hostbench.CannotRunError:
-        print(f"vllm-ext: {NEEDS_LANE}", file=sys.stderr)
-        return 1
-    except (ChildError, jsonfile.CannotWriteError) as error:
+    except (hostbench.CannotRunError, ChildError, jsonfile.CannotWriteError) as error:
         print(f"vllm-ext: {error}", file=sys.stderr)
         return 1
     print(screen(result))

@@ -38,7 +38,7 @@ MEASURED = (
     " It is host time on this machine, and says nothing about the speed of a GPU."
 )
 ALL_THREADS = "step, all threads"
-NEEDS_LANE = "bench host needs the CPU lane of a checkout: run make setup"
+NEEDS_LANE = "this command needs the CPU lane of a checkout: run make setup"
 
 Say = Callable[[str], None]
 

@@ -5,6 +5,8 @@
 ``races``    loads and stores outside a kernel's tensors, and between its programs
 ``kernels``  registers, spills, shared memory and load widths of compiled kernels
 ``compiles`` what is compiled while decoding, after warm-up
+``lag``      whether the tokens stay the same however late the device is
+``gpu``      the same on a GPU, or what the result files of one say
 
 Each says in its own docstring what it cannot see. None changes what it observes.
 """

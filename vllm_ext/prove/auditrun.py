@@ -145,7 +145,7 @@ def _engine(device: PretendDevice, **options: Any) -> Iterator[Any]:
 
     from vllm_ext_cpulane.tinymodel import write_model
 
-    engine._put_on_device()
+    engine.put_on_device()
     check = CpuPlatform.check_and_update_config
 
     def check_and_update_config(cls: type, config: Any) -> None:

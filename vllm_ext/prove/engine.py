@@ -38,7 +38,7 @@ def booted(device: pretend.PretendDevice, **options: Any) -> Iterator[Any]:
         device: In use, and in use until this ends.
         options: For ``LLM``, over the defaults below.
     """
-    _put_on_device()
+    put_on_device()
     device.stream = pretend.Stream()  # as on CUDA: graphs want one that is not default
     import torch
     from vllm import LLM
@@ -74,7 +74,7 @@ def model_runner(llm: Any) -> Any:
 
 
 @cache
-def _put_on_device() -> None:
+def put_on_device() -> None:
     """Let engines that are built from now on work on the pretend device."""
     # vLLM's CPU worker puts its own no-ops in the place of torch's CUDA functions.
     name = "vllm.v1.worker.cpu.shm"

@@ -36,6 +36,7 @@ import numbers
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -384,13 +385,14 @@ def _register() -> None:
     _setup_privateuseone_for_python_backend(DEVICE)
 
 
-class Capture:
+class Capture(ABC):
     """What takes submissions in place of the device while a graph is captured."""
 
+    @abstractmethod
     def refuse(self, operation: Operation) -> None:
         """Raise for what cannot be captured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(
         self, operation: Operation, work: Callable[..., None], data: tuple[Any, ...]
     ) -> None:
@@ -401,23 +403,22 @@ class Capture:
             work: To be called with ``data``; holds no tensor itself.
             data: Trees with the CPU tensors behind the device's.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def takes(self, stream: "Stream") -> bool:
         """Whether ``stream`` is being captured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def record(self, event: "Event", stream: "Stream") -> None:
         """``event`` was recorded in ``stream``, which is being captured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, event: "Event", stream: "Stream") -> None:
         """``stream`` waits for ``event``, which was recorded in this capture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def allocated(self, data: torch.Tensor) -> None:
         """Learn of memory that was allocated while capturing."""
-        raise NotImplementedError
 
 
 class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
