@@ -5,14 +5,19 @@ moment of the machine falls on both. What is reported is the middle of the pairs
 ratios, and how far it could have been elsewhere had other moments been measured.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+LEAST_TOLERANCE = 0.03  # a difference that nobody would act on
+
+Verdict = Literal["REGRESSED", "IMPROVED", "SAME", "UNDECIDED", "INVALID"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,7 @@ def paired_ratio(
         ValueError: The sides differ in length, are empty, or hold a value that is
             not above zero.
     """
-    first, second = _filled(before), _filled(after)
-    if first.shape != second.shape:
-        raise ValueError(f"{len(first)} timings cannot be paired with {len(second)}")
-    if first.min() <= 0 or second.min() <= 0:
-        raise ValueError("a timing is not above zero")
-    ratios = second / first
+    ratios = _ratios(before, after)
     draws = np.random.default_rng(seed).integers(
         len(ratios), size=(RESAMPLES, len(ratios))
     )
@@ -68,6 +68,166 @@ def paired_ratio(
         float(np.percentile(medians, tail)),
         float(np.percentile(medians, 100 - tail)),
     )
+
+
+def tolerance(control: Ratio | None) -> float:
+    """What counts as no difference: 3 %, or twice what stock against stock leaves open.
+
+    Args:
+        control: Stock against a second stock engine, if there was one.
+    """
+    if control is None:
+        return LEAST_TOLERANCE
+    return max(LEAST_TOLERANCE, control.high - control.low)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What was found in one case, before it is looked at beside the others.
+
+    Attributes:
+        ratio: Of the costs, with its interval.
+        chance: The p-value of a two-sided test: no cost beyond the tolerance.
+        tolerance: What is no difference, as a share: 0.03 for 3 %.
+        enough: Whether there are samples enough to say anything.
+    """
+
+    ratio: Ratio
+    chance: float
+    tolerance: float
+    enough: bool
+
+
+def paired(
+    before: Sequence[float], after: Sequence[float], tolerance: float = 0.0
+) -> Case:
+    """Two sides that took turns: `paired_ratio`, and a sign test of the pairs.
+
+    The sign test is exact for any distribution of the noise, as long as the pairs are
+    independent of each other.
+
+    Raises:
+        ValueError: As `paired_ratio`.
+    """
+    ratios = _ratios(before, after)
+    above = int((ratios > 1 + tolerance).sum())
+    below = int((ratios < 1 / (1 + tolerance)).sum())
+    return Case(
+        paired_ratio(before, after),
+        min(1.0, 2 * _at_least(max(above, below), len(ratios))),
+        tolerance,
+        len(ratios) >= pairs_needed(1),
+    )
+
+
+def unpaired(
+    before: Sequence[float], after: Sequence[float], tolerance: float = 0.0
+) -> Case:
+    """Two sets from different runs: the ratio of the medians, and a rank-sum test.
+
+    The test is the permutation one, one-sided each way at the edge of the tolerance,
+    by drawing; no p-value is below ``2 / (RESAMPLES + 1)``.
+
+    Raises:
+        ValueError: A set is empty or holds a value that is not above zero.
+    """
+    first, second = _positive(before), _positive(after)
+    random = np.random.default_rng(0)
+    medians = [
+        np.median(side[random.integers(len(side), size=(RESAMPLES, len(side)))], axis=1)
+        for side in (first, second)
+    ]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(medians[1] / medians[0], [tail, 100 - tail])
+    value = float(np.median(second) / np.median(first))
+    chances = (
+        _higher(first * (1 + tolerance), second, random),
+        _higher(second * (1 + tolerance), first, random),
+    )
+    return Case(
+        Ratio(value, float(low), float(high)),
+        min(1.0, 2 * min(chances)),
+        tolerance,
+        min(len(first), len(second)) >= pairs_needed(1),
+    )
+
+
+def verdicts(cases: Sequence[Case]) -> list[Verdict]:
+    """What may be said of each case, when all of them are looked at together.
+
+    ``REGRESSED`` and ``IMPROVED`` need an interval of the ratio that lies wholly beyond
+    the tolerance, and a test that says the same after Holm's correction for the number
+    of cases: where nothing differs by more than the tolerance, at most one set of cases
+    in twenty contains any such verdict. That takes a number of pairs, `pairs_needed`.
+    ``SAME`` needs an interval wholly within the tolerance. The rest is ``UNDECIDED``.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    found: list[Verdict] = []
+    surprising = holm([case.chance for case in cases])
+    for case, is_surprising in zip(cases, surprising, strict=True):
+        above, below = 1 + case.tolerance, 1 / (1 + case.tolerance)
+        if case.ratio.low > above and is_surprising:
+            found.append("REGRESSED")
+        elif case.ratio.high < below and is_surprising:
+            found.append("IMPROVED")
+        elif case.enough and below < case.ratio.low and case.ratio.high < above:
+            found.append("SAME")
+        else:
+            found.append("UNDECIDED")
+    return found
+
+
+def pairs_needed(cases: int) -> int:
+    """How many pairs each of ``cases`` needs before any of them can be decided."""
+    return math.ceil(math.log2(2 * cases / (1 - CONFIDENCE)))
+
+
+def holm(chances: Sequence[float]) -> list[bool]:
+    """Which of several tests are significant together, in the order given.
+
+    Args:
+        chances: Their p-values.
+    """
+    order = sorted(range(len(chances)), key=lambda each: chances[each])
+    found = [False] * len(chances)
+    for rank, each in enumerate(order):
+        if chances[each] > (1 - CONFIDENCE) / (len(chances) - rank):
+            break
+        found[each] = True
+    return found
+
+
+def _at_least(heads: int, throws: int) -> float:
+    """How often as many heads or more come up in ``throws`` of a coin."""
+    ways = sum(math.comb(throws, each) for each in range(heads, throws + 1))
+    return float(ways / 2**throws)
+
+
+def _higher(
+    first: NDArray[np.float64], second: NDArray[np.float64], random: np.random.Generator
+) -> float:
+    """How often chance alone ranks ``second`` as far above ``first``."""
+    both = np.concatenate([first, second])
+    order = np.sort(both)
+    ranks = np.searchsorted(order, both) + np.searchsorted(order, both, side="right")
+    drawn = random.permuted(np.tile(ranks, (RESAMPLES, 1)), axis=1)
+    sums = drawn[:, len(first) :].sum(axis=1)
+    return float((1 + (sums >= ranks[len(first) :].sum()).sum()) / (RESAMPLES + 1))
+
+
+def _ratios(before: Sequence[float], after: Sequence[float]) -> NDArray[np.float64]:
+    first, second = _positive(before), _positive(after)
+    if first.shape != second.shape:
+        raise ValueError(f"{len(first)} timings cannot be paired with {len(second)}")
+    return second / first
+
+
+def _positive(samples: Sequence[float]) -> NDArray[np.float64]:
+    values = _filled(samples)
+    if values.min() <= 0:
+        raise ValueError("a timing is not above zero")
+    return values
 
 
 def _filled(samples: Sequence[float]) -> NDArray[np.float64]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vllm_ext import machine
+from vllm_ext.bench import results
 from vllm_ext.children import ChildError
 from vllm_ext.patches import SERIES
 from vllm_ext.prove import gpu
@@ -22,7 +23,8 @@ def result(**changes):
         "tokens": {"compared": 218, "different": 0},
         "stopped": "",
         "patches": {
-            patch.name: {"digest": gpu.digest(patch.name), **used} for patch in SERIES
+            patch.name: {"digest": results.digest(patch.name), **used}
+            for patch in SERIES
         },
         **changes,
     }
@@ -68,10 +70,10 @@ def test_the_digest_sees_every_line_of_a_patch(tmp_path, monkeypatch):
     (tmp_path / "p").mkdir()
     for name in ("__init__", "replacement"):
         (tmp_path / "p" / f"{name}.py").write_text("a = 1\n")
-    monkeypatch.setattr(gpu, "PATCHES", tmp_path)
-    before = gpu.digest("p")
+    monkeypatch.setattr(results, "PATCHES", tmp_path)
+    before = results.digest("p")
     (tmp_path / "p" / "replacement.py").write_text("a = 2\n")
-    assert gpu.digest("p") != before
+    assert results.digest("p") != before
 
 
 def test_the_newest_file_counts(tmp_path):
@@ -112,7 +114,7 @@ def on_a_gpu(monkeypatch, tmp_path):
     """A machine that says it has a GPU; what its engines answer is given."""
     here = {**machine.describe(), "gpu": "NVIDIA H200", "vllm": "0.33.0"}
     monkeypatch.setattr(machine, "describe", lambda: here)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
 
     def run(stock, patched):
         def decode(settings):

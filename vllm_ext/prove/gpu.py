@@ -14,24 +14,20 @@ because it draws from the host's generator. What a patch leaves to stock code th
 ``late_metadata`` does with FlashAttention 3, is no proof of it, and is said.
 """
 
-import hashlib
 import json
-import re
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from vllm_ext import demo, jsonfile, machine, tokenrun
+from vllm_ext.bench import results
 from vllm_ext.children import Child, ChildError, serve
-from vllm_ext.patches import FINGERPRINTS, SERIES
+from vllm_ext.patches import SERIES
 from vllm_ext.patching.report import read_states
 from vllm_ext.prove.verdict import Verdict
 
-RESULTS = machine.CHECKOUT / "microbench" / "results"
-PATCHES = FINGERPRINTS.parent
 KIND = "prove"
 ARMED: dict[str, str | None] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -60,14 +56,12 @@ def verdicts(say: Callable[[str], None]) -> list[Verdict]:
     here = machine.describe()
     if here["gpu"] == machine.NO_GPU:
         say("gpu: none here; looking for result files")
-        return from_files(RESULTS)
+        return from_files(results.RESULTS)
     result = {"machine": here, **measure(say)}
-    folder = RESULTS / re.sub(r"\W+", "-", here["gpu"].lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    day, commit = time.strftime("%Y-%m-%d"), (here["commit"] or "unknown")[:7]
-    file = folder / f"{day}_{commit}_vllm-{here['vllm']}_{KIND}.json"
+    file = results.kept_as(KIND, here)
+    file.parent.mkdir(parents=True, exist_ok=True)
     jsonfile.write(file, result)
-    return judge(result, _shown(file))
+    return judge(result, results.shown(file))
 
 
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
@@ -96,7 +90,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
         "stopped": stopped,
         "patches": {
             patch.name: {
-                "digest": digest(patch.name),
+                "digest": results.digest(patch.name),
                 **states.get(patch.name, {"state": "waiting", "calls": 0, "aside": {}}),
             }
             for patch in SERIES
@@ -118,23 +112,17 @@ def from_files(folder: Path) -> list[Verdict]:
             result = json.loads(file.read_text())
             known = result["patches"]
             for patch in SERIES:
-                if known.get(patch.name, {}).get("digest") == digest(patch.name):
-                    found[patch.name] = _judge(result, patch.name, _shown(file))
+                if known.get(patch.name, {}).get("digest") == results.digest(
+                    patch.name
+                ):
+                    found[patch.name] = _judge(result, patch.name, results.shown(file))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"cannot be read ({type(error).__name__}: {error}); run it again"
-            return [Verdict("gpu", _shown(file), "not proven", why, fault=True)]
+            return [Verdict("gpu", results.shown(file), "not proven", why, fault=True)]
     return [
         found.get(patch.name, Verdict("gpu", patch.name, "not proven", NO_FILE))
         for patch in SERIES
     ]
-
-
-def digest(name: str) -> str:
-    """Of the code of a patch: 16 digits."""
-    code = hashlib.sha256()
-    for file in sorted((PATCHES / name).glob("*.py")):
-        code.update(file.name.encode() + file.read_bytes())
-    return code.hexdigest()[:16]
 
 
 def _judge(result: dict[str, Any], name: str, file: str) -> Verdict:
@@ -157,11 +145,6 @@ def _judge(result: dict[str, Any], name: str, file: str) -> Verdict:
         f"{patch['calls']} calls on {result['machine']['gpu']}"
     )
     return Verdict("gpu", name, "proven on GPU", detail, file)
-
-
-def _shown(file: Path) -> str:
-    known = RESULTS in file.parents
-    return str(file.relative_to(RESULTS.parent.parent) if known else file)
 
 
 def _decode(settings: dict[str, str | None]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""``vllm-ext bench``: engines and kernels, stock against patched, with the evidence."""
