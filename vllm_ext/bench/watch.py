@@ -28,6 +28,10 @@ PROCESSES_PERIOD_S = 1.0
 STEADY_SHARE = 0.75
 DROPPED_SHARE = 0.20
 
+SM, MEMORY, CORE = 1, 2, 0  # NVML's numbers of two clocks and of one sensor
+UNCORRECTED, VOLATILE = 1, 0  # and of which ECC errors
+CUDA_FILE = Path("/dev/nvidia-uvm")  # held by all who have a CUDA context
+
 IDLE = "GpuIdle"
 HARMLESS = {IDLE, "ApplicationsClocksSetting", "UserDefinedClocks"}
 SETTINGS = (
@@ -194,19 +198,13 @@ class Watch:
 
     def _look(self, processes: bool = False) -> None:
         nvml, device = self._nvml, self._device
-        clocks = {
-            name: _try(lambda kind=kind: nvml.nvmlDeviceGetClockInfo(device, kind))
-            for name, kind in (
-                ("sm_mhz", getattr(nvml, "NVML_CLOCK_SM", 1)),
-                ("memory_mhz", getattr(nvml, "NVML_CLOCK_MEM", 2)),
-            )
-        }
         power = _try(lambda: nvml.nvmlDeviceGetPowerUsage(device))
         look = Look(
             at=time.monotonic(),
-            **clocks,
+            sm_mhz=_try(lambda: nvml.nvmlDeviceGetClockInfo(device, SM)),
+            memory_mhz=_try(lambda: nvml.nvmlDeviceGetClockInfo(device, MEMORY)),
             power_w=None if power is None else power / 1000,
-            temperature_c=_try(lambda: nvml.nvmlDeviceGetTemperature(device, 0)),
+            temperature_c=_try(lambda: nvml.nvmlDeviceGetTemperature(device, CORE)),
             reasons=self._reasons(),
         )
         with self._lock:
@@ -268,19 +266,21 @@ class Watch:
             "gpu": _text(read("nvmlDeviceGetName")) or "a GPU without a name",
             "gpu_id": uuid and hashlib.sha256(_text(uuid).encode()).hexdigest()[:12],
             "driver": _text(_try(nvml.nvmlSystemGetDriverVersion)),
-            "sm_mhz": read("nvmlDeviceGetClockInfo", 1),
-            "sm_max_mhz": read("nvmlDeviceGetMaxClockInfo", 1),
-            "memory_mhz": read("nvmlDeviceGetClockInfo", 2),
-            "memory_max_mhz": read("nvmlDeviceGetMaxClockInfo", 2),
+            "sm_mhz": read("nvmlDeviceGetClockInfo", SM),
+            "sm_max_mhz": read("nvmlDeviceGetMaxClockInfo", SM),
+            "memory_mhz": read("nvmlDeviceGetClockInfo", MEMORY),
+            "memory_max_mhz": read("nvmlDeviceGetMaxClockInfo", MEMORY),
             "power_w": watts("nvmlDeviceGetPowerUsage"),
             "power_limit_w": watts("nvmlDeviceGetEnforcedPowerLimit"),
-            "temperature_c": read("nvmlDeviceGetTemperature", 0),
+            "temperature_c": read("nvmlDeviceGetTemperature", CORE),
             "throttle": None if reasons is None else list(reasons),
             "compute_processes": None if pids is None else len(pids),
             "persistence": None if persistence is None else bool(persistence),
             "mig": None if mig is None else bool(mig[0]),
             "ecc": None if ecc is None else bool(ecc[0]),
-            "uncorrected_ecc_errors": read("nvmlDeviceGetTotalEccErrors", 1, 0),
+            "uncorrected_ecc_errors": read(
+                "nvmlDeviceGetTotalEccErrors", UNCORRECTED, VOLATILE
+            ),
         }
 
     def _steady_mhz(self) -> int | None:
@@ -398,20 +398,22 @@ def _named(nvml: Any, mask: int) -> tuple[str, ...]:
 
 def _descends_from_us(pid: int) -> bool:
     """Whether ``pid``, of this namespace, is this process or was started under it."""
-    while pid > 1:
-        if pid == os.getpid():
-            return True
-        pid = _try(lambda pid=pid: _parent(pid)) or 0
-    return False
+    while pid > 1 and pid != os.getpid():
+        pid = _parent(pid)
+    return pid == os.getpid()
 
 
 def _parent(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
     # The name, in brackets, may itself hold spaces and brackets.
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(text.rpartition(")")[2].split()[1])
 
 
 def _users_of_cuda() -> list[int]:
-    """Processes of ours that hold the device file which every CUDA context opens."""
+    """Processes of ours that have a CUDA context."""
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     return [pid for pid in pids if _descends_from_us(pid) and _uses_cuda(pid)]
 
@@ -419,7 +421,7 @@ def _users_of_cuda() -> list[int]:
 def _uses_cuda(pid: int) -> bool:
     def links() -> bool:
         files = Path(f"/proc/{pid}/fd").iterdir()
-        return any(_try(file.readlink) == Path("/dev/nvidia-uvm") for file in files)
+        return any(_try(file.readlink) == CUDA_FILE for file in files)
 
     return bool(_try(links))
 
