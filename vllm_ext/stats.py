@@ -138,14 +138,17 @@ def unpaired(
         for side in (first, second)
     ]
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(medians[1] / medians[0], [tail, 100 - tail])
-    value = float(np.median(second) / np.median(first))
+    drawn = medians[1] / medians[0]
     chances = (
         _higher(first * (1 + tolerance), second, random),
         _higher(second * (1 + tolerance), first, random),
     )
     return Case(
-        Ratio(value, float(low), float(high)),
+        Ratio(
+            float(np.median(second) / np.median(first)),
+            float(np.percentile(drawn, tail)),
+            float(np.percentile(drawn, 100 - tail)),
+        ),
         min(1.0, 2 * min(chances)),
         tolerance,
         min(len(first), len(second)) >= pairs_needed(1),

@@ -145,7 +145,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         module: docstring(module)
         for module in (
             *("pretend", "syncs", "graphs", "sanitizer", "kernels", "compiles", "lag"),
-            *("gpu", "engine"),
+            *("gpu", "cuda", "engine"),
         )
     },
     "patches/README.md": {"weights": weights, "stories": stories},

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from prove import syncs_planted
-from prove.syncs_planted import CLEAN, WAITS, Tensors, marked_line
 
+from vllm_ext.prove import crossings
+from vllm_ext.prove.crossings import CLEAN, WAITS, Tensors, marked_line
 from vllm_ext.prove.pretend import DEVICE, PretendDevice, data_of
 from vllm_ext.prove.syncs import watch
 
@@ -38,7 +38,7 @@ def test_a_planted_wait_is_found_with_its_line(name):
     function = WAITS[name]
     _, found = run(function)
     [wait] = found.waits
-    assert wait.where.file == syncs_planted.__file__
+    assert wait.where.file == crossings.__file__
     assert wait.where.line == marked_line(function)
     assert wait.where.function == name
     assert "# waits" in str(wait)
@@ -162,25 +162,3 @@ def test_penalties_with_masks_wait_six_times():
 def test_penalties_with_where_do_not_wait():
     _, found = penalize(penalize_with_where)
     assert found.waits == []
-
-
-# -- a GPU, for a machine that has one ----------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*WAITS, *CLEAN])
-def test_cuda_waits_where_the_pretend_device_does(name):
-    function = (WAITS | CLEAN)[name]
-    _, pretended = run(function)
-    tensors = Tensors("cuda")
-    function(tensors)  # first uses may wait
-    tensors = Tensors("cuda")
-    torch.cuda.synchronize()
-    with watch() as found:
-        function(tensors)
-
-    def lines(waits):
-        return {wait.where for wait in waits}
-
-    assert lines(found.waits) == lines(pretended.waits)
-    assert lines(found.events) == lines(pretended.events)

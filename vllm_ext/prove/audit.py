@@ -19,6 +19,7 @@ from vllm_ext import doctor, jsonfile
 from vllm_ext.children import Child
 from vllm_ext.hostbench import environment
 from vllm_ext.patches import SERIES
+from vllm_ext.prove import cuda
 from vllm_ext.prove.verdict import Verdict
 
 PREFACE = """
@@ -300,8 +301,13 @@ def write(path: Path, say: Say) -> None:
 
 
 def verdicts(say: Say) -> list[Verdict]:
-    """A verdict for each patch, and for stock V2 and V1."""
-    return judge(gather(say))
+    """A verdict for each patch, for stock V2 and V1, and for CUDA beside them."""
+    result = gather(say)
+    audited = [
+        {"runner": run.runner, "kind": run.kind, "stock": result[run.title]["stock"]}
+        for run in RUNS
+    ]
+    return [*judge(result), *cuda.verdicts(audited, say)]
 
 
 # -- judging -----------------------------------------------------------------------

@@ -9,8 +9,8 @@ applied to the same engine.
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -29,6 +29,8 @@ PATIENCE = 120  # seconds, for a grammar to be compiled on a busy machine
 BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
 VOCABULARY = 512
 GRAPH_SIZES = [REQUESTS, REQUESTS * 4]  # tokens; with three drafts each, and without
+
+Watching = Callable[[PretendDevice | None], AbstractContextManager[Found]]
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 DRAWN: dict[str, Any] = {"temperature": 0.9, "seed": 1}
@@ -182,8 +184,19 @@ def _engine(device: PretendDevice, **options: Any) -> Iterator[Any]:
         yield llm
 
 
-def observe(llm_engine: Any, device: PretendDevice, wanted: dict[str, Any]) -> Any:
+def observe(
+    llm_engine: Any,
+    device: PretendDevice | None,
+    wanted: dict[str, Any],
+    watching: Watching = watch,
+) -> Any:
     """Let requests arrive, decode and leave.
+
+    Args:
+        llm_engine: In this process.
+        device: What it decodes on; ``None`` for CUDA.
+        wanted: Sampling parameters.
+        watching: What looks on at each step.
 
     Returns:
         ``steps``, how many were steady; ``waits`` and ``events`` of those steps, and
@@ -206,7 +219,7 @@ def observe(llm_engine: Any, device: PretendDevice, wanted: dict[str, Any]) -> A
     while llm_engine.has_unfinished_requests():
         if time.monotonic() > deadline:
             raise ValueError(f"no {WARM} tokens in {PATIENCE} s for {wanted}")
-        with watch(device) as found:
+        with watching(device) as found:
             answers = llm_engine.step()
         if min(given.values()) < WARM:
             before.append(found)

@@ -18,7 +18,8 @@ what that mode does not see, explicit synchronization and ``non_blocking`` copie
 pass through pageable memory. It counts nothing there. For a whole engine on a GPU,
 vLLM's own ``VLLM_GPU_SYNC_CHECK=error`` raises at the same operations.
 
-`vllm_ext.prove.audit` asks this of every sampling feature of vLLM.
+`vllm_ext.prove.audit` asks this of every sampling feature of vLLM, and
+`vllm_ext.prove.cuda` whether a GPU, where there is one, gives the same answers.
 
 Limits: on the pretend device an operation waits if it is listed there
 (`vllm_ext.prove.pretend.READS` and what follows): what an operator library does inside
