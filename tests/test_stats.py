@@ -1,9 +1,22 @@
 """The statistics behind every number that is printed as "faster"."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from vllm_ext.stats import median, paired_ratio, quartiles
+from vllm_ext.stats import (
+    Ratio,
+    holm,
+    median,
+    paired,
+    paired_ratio,
+    pairs_needed,
+    quartiles,
+    tolerance,
+    unpaired,
+    verdicts,
+)
 
 
 def test_median_and_quartiles_of_a_known_row():
@@ -77,3 +90,94 @@ def test_twice_the_noise_makes_the_interval_wider():
 def test_what_cannot_be_paired_is_refused(before, after, message):
     with pytest.raises(ValueError, match=message):
         paired_ratio(before, after)
+
+
+# -- verdicts ------------------------------------------------------------------------
+
+
+def cases(how, number, effect, noise, pairs, seed=0):
+    """``number`` experiments in which one side costs ``effect`` times the other."""
+    random = np.random.default_rng(seed)
+    for _ in range(number):
+        machine = random.lognormal(0, 0.2, pairs) if how is paired else np.ones(pairs)
+        before = machine * random.lognormal(0.0, noise, pairs)
+        after = effect * machine * random.lognormal(0.0, noise, pairs)
+        yield how(before.tolist(), after.tolist(), 0.03)
+
+
+def counted(how, *args, **kwargs):
+    return Counter(verdicts([each])[0] for each in cases(how, *args, **kwargs))
+
+
+@pytest.mark.parametrize("how", [paired, unpaired])
+def test_what_differs_is_seen_and_what_does_not_is_not(how):
+    """Noise of 1 % and 20 samples a side, as a quiet machine gives."""
+    assert counted(how, 60, 1.0, 0.01, 20) == {"SAME": 60}
+    assert counted(how, 60, 1.05, 0.01, 20)["REGRESSED"] >= 57
+    assert counted(how, 60, 0.93, 0.01, 20)["IMPROVED"] >= 57
+
+
+@pytest.mark.parametrize("how", [paired, unpaired])
+def test_at_the_tolerance_itself_a_regression_is_claimed_at_its_rate(how):
+    """A true cost of 1.03 is none by definition: claimed in 2.5 % of experiments.
+
+    More than 10 of 150 then has a chance below 0.3 %; the seed is fixed.
+    """
+    found = counted(how, 150, 1.03, 0.01, 20, seed=1)
+    assert found["REGRESSED"] <= 10
+    assert found["UNDECIDED"] >= 130
+
+
+@pytest.mark.parametrize("how", [paired, unpaired])
+def test_noise_leaves_it_undecided_and_too_few_samples_do_too(how):
+    assert counted(how, 30, 1.05, 0.10, 10)["UNDECIDED"] >= 28
+    assert counted(how, 10, 1.0, 0.0001, 5) == {"UNDECIDED": 10}
+    assert counted(how, 10, 1.5, 0.0001, 5) == {"UNDECIDED": 10}
+
+
+def test_a_hundred_cases_do_not_show_a_regression_by_chance():
+    """Without the correction, 2.5 of 100 cases at the tolerance would."""
+    wrong = sum(
+        "REGRESSED" in verdicts(list(cases(paired, 100, 1.03, 0.01, 14, seed)))
+        for seed in range(10)
+    )
+    assert wrong <= 2  # expected: 0.5 of the ten tables at most; more than 2: 1.2 %
+
+
+def test_holm_corrects_step_by_step():
+    # By hand: 0.01 <= 0.05 / 4, 0.02 > 0.05 / 3, and so the rest is not either.
+    assert holm([0.04, 0.01, 0.02, 0.3]) == [False, True, False, False]
+    assert holm([0.01, 0.012, 0.02]) == [True, True, True]
+    assert holm([]) == []
+
+
+def test_a_sign_test_by_hand():
+    """Nine of ten above: 2 * (10 + 1) / 1024."""
+    before, after = [1.0] * 10, [1.1] * 9 + [0.9]
+    assert paired(before, after).chance == pytest.approx(22 / 1024)
+    assert paired(before, [1.1] * 10).chance == pytest.approx(2 / 1024)
+    assert paired(before, [1.0] * 10).chance == 1.0
+
+
+def test_pairs_needed_are_those_with_which_a_case_can_be_decided():
+    for number in (1, 8, 100):
+        pairs = pairs_needed(number)
+        best = paired([1.0] * pairs, [2.0] * pairs)
+        fewer = paired([1.0] * (pairs - 1), [2.0] * (pairs - 1))
+        assert verdicts([best] * number) == ["REGRESSED"] * number
+        assert verdicts([fewer] * number) == ["UNDECIDED"] * number
+
+
+def test_the_tolerance_grows_with_what_stock_against_stock_leaves_open():
+    assert tolerance(None) == 0.03
+    assert tolerance(Ratio(1.0, 0.99, 1.01)) == 0.03
+    assert tolerance(Ratio(1.0, 0.95, 1.05)) == pytest.approx(0.10)
+
+
+def test_a_rank_sum_test_against_every_permutation():
+    """Four against four: the p-value can be counted out, 1 of 70 each way."""
+    before, after = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
+    assert unpaired(before, after).chance == pytest.approx(
+        2 / 70, abs=0.012
+    )  # 3 sigma of the draws
+    assert unpaired(before, before).chance > 0.5

@@ -108,12 +108,10 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     if [*first] == ["demo"]:
         _load("demo", added)
 
-    text = "host cost of a decode step, stock against patched; needs no GPU"
-    bench = commands.add_parser("bench", help="measure", description="Measure.")
-    kinds = bench.add_subparsers(required=True, metavar="KIND")
-    added = kinds.add_parser("host", help=text, description=text)
+    text = "measure: host, kernels, engines; compare and show what was measured"
+    added = commands.add_parser("bench", help=text, description=text)
     if [*first] == ["bench"]:
-        _load("hostbench", added)
+        _load("bench.command", added)
 
     text = "proofs without a GPU: waits, graphs, races, resources, compilations"
     added = commands.add_parser("prove", help=text, description=text)
@@ -148,7 +146,8 @@ def _load(module: str, parser: argparse.ArgumentParser) -> None:
             "in a checkout, run make setup"
         ) from None
     loaded.add_arguments(parser)
-    parser.set_defaults(run=loaded.run)
+    if hasattr(loaded, "run"):  # or its own commands have one each
+        parser.set_defaults(run=loaded.run)
 
 
 def _print_json(value: Any) -> None:

@@ -170,11 +170,13 @@ def verdicts(cases: Sequence[Case]) -> list[Verdict]:
     surprising = holm([case.chance for case in cases])
     for case, is_surprising in zip(cases, surprising, strict=True):
         above, below = 1 + case.tolerance, 1 / (1 + case.tolerance)
-        if case.ratio.low > above and is_surprising:
+        if not case.enough:
+            found.append("UNDECIDED")
+        elif case.ratio.low > above and is_surprising:
             found.append("REGRESSED")
         elif case.ratio.high < below and is_surprising:
             found.append("IMPROVED")
-        elif case.enough and below < case.ratio.low and case.ratio.high < above:
+        elif below < case.ratio.low and case.ratio.high < above:
             found.append("SAME")
         else:
             found.append("UNDECIDED")

@@ -354,13 +354,9 @@ def _frame(here: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-COMPARED: dict[str, Any] = {
-    **dict.fromkeys(("case", "metric", "unit", "arm", "against", "verdict"), str),
-    **dict.fromkeys(("value", "against_value", "ratio", "tolerance"), (int, float)),
-    "ci95": list,
-    "pairs": dict,
-}
-MACHINE = ("gpu", "cpu", "cores", "driver", "torch", "triton", "vllm", "commit")
+_TEXTS = ("case", "metric", "unit", "arm", "against", "verdict", "reason")
+_NUMBERS = ("value", "against_value", "ratio", "tolerance")
+_MACHINE = ("gpu", "cpu", "cores", "driver", "torch", "triton", "vllm", "commit")
 
 
 def _misshapen(found: Mapping[str, Any]) -> str:
@@ -372,14 +368,44 @@ def _misshapen(found: Mapping[str, Any]) -> str:
         stats = each.get("stats") if isinstance(each, dict) else None
         if not isinstance(stats, dict) or "median" not in stats or "name" not in each:
             return f"benchmark {number} has no name or no median"
+        if not _numbers(stats.get("data")):
+            return f"benchmark {number} has no samples"
     ours = found["vllm_ext"]
-    missing = [name for name in MACHINE if name not in ours.get("machine", {})]
+    missing = [name for name in _MACHINE if name not in ours.get("machine", {})]
     if missing:
         return f"its machine lacks {', '.join(missing)}"
     if "kind" not in ours or not isinstance(ours.get("comparisons"), list):
         return "it has no kind or no list of comparisons"
     for number, each in enumerate(ours["comparisons"], 1):
-        for name, kind in COMPARED.items():
-            if not isinstance(each, dict) or not isinstance(each.get(name), kind):
-                return f"comparison {number} has no {name}"
+        wrong = _lacks(each) if isinstance(each, dict) else "anything"
+        if wrong:
+            return f"comparison {number} has no {wrong}"
     return ""
+
+
+def _lacks(each: Mapping[str, Any]) -> str:
+    """The first field that a comparison has not, or has of the wrong kind."""
+    for name in _TEXTS:
+        if not isinstance(each.get(name), str):
+            return name
+    for name in _NUMBERS:
+        if not isinstance(each.get(name), int | float):
+            return name
+    if not _numbers(each.get("ci95")) or len(each["ci95"]) != 2:
+        return "ci95"
+    pairs = each.get("pairs")
+    sides = [
+        pairs.get(side) if isinstance(pairs, dict) else None
+        for side in ("before", "after")
+    ]
+    if not all(_numbers(side) for side in sides) or len({*map(len, sides)}) != 1:  # type: ignore[arg-type]
+        return "pairs"
+    return ""
+
+
+def _numbers(found: Any) -> bool:
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(each, int | float) for each in found)
+    )
