@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import demo, settings
+from vllm_ext import demo, hostbench, settings
+from vllm_ext.bench import arms, report, results
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "microbench" / "results" / "cpu"
+ON_CPU = "cpu"
+NO_GPU = "Not yet measured on a GPU.\n"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -92,9 +94,12 @@ def variables() -> str:
 
 def _newest(kind: str) -> tuple[dict[str, Any], str]:
     """The newest kept result of a kind, and a line that links its file."""
-    path = sorted(RESULTS.glob(f"*_{kind}.json"))[-1]
-    link = path.relative_to(ROOT).as_posix()
-    return json.loads(path.read_text()), f"Result file: [{path.name}]({link}).\n"
+    path = sorted((results.RESULTS / ON_CPU).glob(f"*_{kind}.json"))[-1]
+    return json.loads(path.read_text()), _link(path)
+
+
+def _link(path: Path) -> str:
+    return f"Result file: [{path.name}]({results.shown(path)}).\n"
 
 
 def demo_screen() -> str:
@@ -123,6 +128,36 @@ def host_cost() -> str:
     return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
 
+def on_gpus() -> str:
+    """All patches against stock, on every GPU of which there is a result."""
+    files = {
+        path.parent.name: path
+        for path in sorted(results.RESULTS.glob("*/*_engine.json"))
+        if path.parent.name != ON_CPU
+    }
+    return "\n".join(_engines(path) for path in files.values()) or NO_GPU
+
+
+def _engines(path: Path) -> str:
+    """What all patches together change, in one engine benchmark."""
+    found = results.read(path)["vllm_ext"]
+    rows = [
+        (
+            each["case"],
+            each["metric"],
+            f"{each['against_value']:.4g} {each['unit']}",
+            f"{each['value']:.4g} {each['unit']}",
+            report.interval(each),
+            each["verdict"],
+        )
+        for each in found["comparisons"]
+        if each["arm"] == arms.ALL
+    ]
+    here = hostbench.describe_machine(found["machine"])
+    head = ("case", "metric", "stock", "all patches", "ratio (95 %)", "verdict")
+    return f"{found['label']}: {here}\n\n{_table(head, rows)}\n{_link(path)}"
+
+
 def docstring(module: str) -> Callable[[], str]:
     """What a module of `vllm_ext.prove` says of itself: for docs/proofs.md."""
 
@@ -137,6 +172,7 @@ def docstring(module: str) -> Callable[[], str]:
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": demo_screen,
+        "gpu": on_gpus,
         "host": host_cost,
         "patches": patches,
         "variables": variables,
