@@ -181,3 +181,13 @@ def test_a_rank_sum_test_against_every_permutation():
         2 / 70, abs=0.012
     )  # 3 sigma of the draws
     assert unpaired(before, before).chance > 0.5
+
+
+@pytest.mark.parametrize("how", [paired, unpaired])
+def test_a_difference_within_the_tolerance_is_no_surprise(how):
+    """Both sides of it: 2 % more, and 2 % less."""
+    before = (1 + 0.0001 * np.arange(12)).tolist()
+    for effect in (1.02, 1 / 1.02):
+        after = [effect * value for value in before]
+        assert how(before, after, 0.03).chance == 1.0
+        assert how(before, after).chance < 0.01

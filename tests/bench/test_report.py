@@ -159,3 +159,12 @@ def test_a_browser_shows_it(tmp_path, text):
     browse(f"--screenshot={picture}")
     assert Path(picture).read_bytes()[1:4] == b"PNG"
     assert picture.stat().st_size > 20_000
+
+
+def test_names_are_text_and_nothing_else(result):
+    odd = {**result["vllm_ext"]["comparisons"][0], "case": "a<b>&c", "arm": "<i>"}
+    ours = {**result["vllm_ext"], "comparisons": [odd], "command": ["<u>"]}
+    drawn = report.draw([("<s>.json", {**result, "vllm_ext": ours})])
+    for tag in ("<b>&c", "<i>,", "<i></text>", "<u>", "<s>"):
+        assert tag not in drawn
+    assert "a&lt;b&gt;&amp;c" in drawn
