@@ -8,6 +8,10 @@ KINDS = {
         "vllm_ext.hostbench",
         "host cost of a decode step, stock against patched; needs no GPU",
     ),
+    "kernels": (
+        "vllm_ext.bench.kernels",
+        "our kernels beside their competitors; without a GPU answers only",
+    ),
     "compare": ("vllm_ext.bench.compare", "what changed between two result files"),
     "gate": ("vllm_ext.bench.gate", "for CI: fail if a gain became less"),
     "report": ("vllm_ext.bench.report", "result files as one page, with plots"),

@@ -1,0 +1,273 @@
+"""How long a call takes on the device, and what it costs the host.
+
+What is timed is a replay of many calls captured in one CUDA graph: between two kernels
+of a step that replays there is no host either. Each figure is taken twice. For *cold*
+the calls go round argument sets that together exceed three times the L2 cache, so that
+each finds its arguments in memory. For *hot* they all have the same set, as a sampler
+has the logits that were written just before.
+
+Competitors take turns within a round, in random order, so that a slow moment of the
+machine falls on all of them, and a round in which the card throttled is dropped for
+all of them. Their times can therefore be compared in pairs.
+
+A call that cannot be captured, because it reads the host on its way, is queued behind a
+kernel that only waits: the host is then ahead of the device unless the call makes it
+wait.
+"""
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+ROUNDS = 24  # enough pairs for a verdict among a thousand cases
+MOST_ROUNDS = 36  # when some are dropped
+L2_TIMES = 3
+GRAPH_CALLS = 256
+QUEUED_CALLS = 32  # a launch queue holds about a thousand launches
+HOT_SECONDS = 2e-3
+HOST_CALLS = 10
+WARM_SECONDS = 0.2
+
+Args = tuple[Any, ...]
+Call = Callable[..., Any]
+Check = Callable[[Args, Any], None]
+
+
+class NotRun(Exception):
+    """A competitor that is not there or cannot take the case: one line why."""
+
+
+class NoRoundLeftError(Exception):
+    """The card throttled in every round."""
+
+
+class Captured(Protocol):
+    """Calls that can be made again without the host."""
+
+    launches: int | None
+
+    def replay(self) -> None: ...
+
+
+class Device(Protocol):
+    """What timing needs of a device; `cuda.Cuda` is the real one."""
+
+    l2_bytes: int
+
+    def synchronize(self) -> None: ...
+
+    def seconds(self, work: Callable[[], None], ahead: float) -> float:
+        """Device time of what ``work`` enqueues, the host being ``ahead`` seconds."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Captured: ...
+
+    def launches(self, work: Callable[[], None]) -> int | None:
+        """How many kernels and copies ``work`` enqueues, if that can be told."""
+        ...
+
+    def host_clock(self) -> float: ...
+
+    def copy_bytes_per_second(self) -> float:
+        """What a large copy reads and writes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One competitor, prepared for one case.
+
+    Attributes:
+        call: Takes an argument set; what it returns goes to the check.
+        uncapturable: Why no graph can hold it, or nothing.
+        note: What a reader of its figures has to know.
+        twin: Whose answers it claims to give, bit for bit.
+    """
+
+    call: Call
+    uncapturable: str = ""
+    note: str = ""
+    twin: Call | None = None
+
+
+@dataclass
+class Times:
+    """Of one competitor, all in seconds per call, one of each for each kept round."""
+
+    cold: list[float] = field(default_factory=list)
+    hot: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    launches: float | None = None
+    sets: int = 0
+    calls: int = 0
+    dropped: int = 0
+    uncapturable: str = ""
+    note: str = ""
+
+
+def sets_needed(set_bytes: int, l2_bytes: int) -> int:
+    """How many argument sets exceed three times the cache; two at least."""
+    return max(2, L2_TIMES * l2_bytes // set_bytes + 1)
+
+
+def measure(
+    providers: Mapping[str, Provider],
+    make_args: Callable[[int], Args],
+    *,
+    set_bytes: int,
+    device: Device,
+    throttled: Callable[[float, float], bool] = lambda start, end: False,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    check_replay: Check | None = None,
+) -> dict[str, Times]:
+    """Time ``providers`` in turns.
+
+    Args:
+        providers: By name. They were checked already.
+        make_args: The argument set of a number; no two share memory.
+        set_bytes: Size of what a call reads of its argument set.
+        device: Where they run.
+        throttled: Whether a sample between two moments of `time.monotonic` is void.
+        rounds: To keep.
+        seed: Of the order of turns.
+        check_replay: Given what a replay left in its output.
+
+    Raises:
+        NoRoundLeftError: The card throttled all the time.
+    """
+    sets = [
+        make_args(number) for number in range(sets_needed(set_bytes, device.l2_bytes))
+    ]
+    lanes = {
+        name: _Lane(provider, sets, device) for name, provider in providers.items()
+    }
+    for name, lane in lanes.items():
+        lane.warm()
+        if check_replay is not None and lane.replayed is not None:
+            try:
+                check_replay(sets[0], lane.replayed)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, replayed in a graph: {error}") from None
+    turns = random.Random(seed)
+    dropped = 0
+    with _no_collection():
+        for _ in range(math.ceil(rounds * MOST_ROUNDS / ROUNDS)):
+            order = list(lanes)
+            turns.shuffle(order)
+            started = time.monotonic()
+            taken = {name: lanes[name].round() for name in order}
+            if throttled(started, time.monotonic()):
+                dropped += 1
+                continue
+            for name, (cold, hot, host) in taken.items():
+                times = lanes[name].times
+                times.cold.append(cold)
+                times.hot.append(hot)
+                times.host.append(host)
+            if all(len(lane.times.cold) == rounds for lane in lanes.values()):
+                break
+    if any(not lane.times.cold for lane in lanes.values()):
+        raise NoRoundLeftError(f"the GPU throttled in all of {dropped} rounds")
+    for lane in lanes.values():
+        lane.times.dropped = dropped
+    return {name: lane.times for name, lane in lanes.items()}
+
+
+class _Lane:
+    """A provider with its calls captured, or to be queued, and its times so far."""
+
+    def __init__(
+        self, provider: Provider, sets: Sequence[Args], device: Device
+    ) -> None:
+        self.times = Times(
+            sets=len(sets), uncapturable=provider.uncapturable, note=provider.note
+        )
+        self.replayed: Any = None
+        self._call, self._sets, self._device = provider.call, sets, device
+        self._captures = not provider.uncapturable
+        self._chunks: list[tuple[Callable[[], None], int]] = []
+        self._hot: tuple[Callable[[], None], int] = (lambda: None, 1)
+        self._ahead = 0.0
+        self._turn = 0
+
+    def warm(self) -> None:
+        """Compile, capture, and bring the card to its clocks."""
+        self._call(*self._sets[0])
+        self._device.synchronize()
+        one = max(self._device.seconds(self._calls([0]), 1e-3), 1e-7)
+        largest = GRAPH_CALLS if self._captures else QUEUED_CALLS
+        starts = range(0, len(self._sets), largest)
+        chunks = [
+            list(range(start, min(start + largest, len(self._sets))))
+            for start in starts
+        ]
+        hot = min(largest, max(HOST_CALLS, math.ceil(HOT_SECONDS / one)))
+        for chunk in chunks:
+            # A few sets only: go round them until the round is long enough.
+            times = max(1, hot // len(chunk)) if len(chunks) == 1 else 1
+            self._chunks.append((self._work(chunk * times), len(chunk) * times))
+        self._hot = (self._work([0] * hot, count=True), hot)
+        self.times.calls = self._chunks[0][1]
+        started = self._device.host_clock()
+        self._chunks[0][0]()
+        self._ahead = 1.5 * (self._device.host_clock() - started) + 1e-4
+        self._device.synchronize()
+        until = time.monotonic() + WARM_SECONDS
+        while True:
+            self._hot[0]()
+            self._device.synchronize()
+            if time.monotonic() >= until:
+                break
+
+    def round(self) -> tuple[float, float, float]:
+        """One sample each of cold, hot and host, in seconds per call."""
+        work, calls = self._chunks[self._turn % len(self._chunks)]
+        self._turn += 1
+        cold = self._device.seconds(work, self._ahead) / calls
+        work, calls = self._hot
+        hot = self._device.seconds(work, self._ahead) / calls
+        self._device.synchronize()
+        started = self._device.host_clock()
+        for _ in range(HOST_CALLS):
+            self._call(*self._sets[0])
+        host = (self._device.host_clock() - started) / HOST_CALLS
+        self._device.synchronize()
+        return cold, hot, host
+
+    def _calls(self, numbers: Sequence[int]) -> Callable[[], None]:
+        def work() -> None:
+            for number in numbers:
+                self.replayed = self._call(*self._sets[number])
+
+        return work
+
+    def _work(self, numbers: Sequence[int], count: bool = False) -> Callable[[], None]:
+        eager = self._calls(numbers)
+        if not self._captures:
+            if count:
+                launches = self._device.launches(eager)
+                self.times.launches = launches and launches / len(numbers)
+            self.replayed = None
+            return eager
+        captured = self._device.capture(eager)
+        if count and captured.launches is not None:
+            self.times.launches = captured.launches / len(numbers)
+        return captured.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
