@@ -1,1 +1,1 @@
-"""Triton kernels of the decode path; none yet. They import neither vLLM nor patches."""
+"""Triton kernels of the decode path. They import neither vLLM nor patches."""
