@@ -8,6 +8,7 @@ from vllm_ext.patches.identity_gathers import PATCH as IDENTITY_GATHERS
 from vllm_ext.patches.late_metadata import PATCH as LATE_METADATA
 from vllm_ext.patches.min_tokens_restore import PATCH as MIN_TOKENS_RESTORE
 from vllm_ext.patches.repeated_batch import PATCH as REPEATED_BATCH
+from vllm_ext.patches.scheduler_fast_path import PATCH as SCHEDULER_FAST_PATH
 from vllm_ext.patching.declare import Patch
 
 FINGERPRINTS = Path(__file__).with_name("fingerprints.json")
@@ -19,4 +20,5 @@ SERIES: tuple[Patch, ...] = (
     IDENTITY_GATHERS,
     DECODE_COUNTS,
     MIN_TOKENS_RESTORE,
+    SCHEDULER_FAST_PATH,
 )
