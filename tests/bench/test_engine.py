@@ -1,0 +1,511 @@
+"""``vllm-ext bench engine``: what is compared, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_ext.bench import arms, engine, enginerun, models, turns
+from vllm_ext.bench.arms import ALL, CONTROL, ENGINE, SAMPLING, STOCK, Arm
+from vllm_ext.bench.turns import Case, Group, Lane, Plan
+from vllm_ext.patches import SERIES
+
+FAKE = Lane(False, {"PYTHONPATH": str(Path(__file__).parent)}, module="engine_fake")
+CASE = Case("tiny", "S0", 16, 8, batch=4)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    engine.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def measured(*others, blocks=12, cases=(CASE,), boots=1, control=True, say=None):
+    """What a run with a fake stock engine and ``others`` finds; what it said."""
+    said = []
+    chosen = [Arm(STOCK, "", against=""), *([Arm(CONTROL, "")] if control else [])]
+    result = turns.evidence(
+        "engine",
+        [Group([*chosen, *others], cases)],
+        Plan(blocks, boots),
+        FAKE,
+        say=say or said.append,
+        command=["bench", "engine"],
+    )
+    return result, said
+
+
+def verdicts(result):
+    compared = result["vllm_ext"]["comparisons"]
+    return {(each["arm"], each["metric"]): each["verdict"] for each in compared}
+
+
+def names(result):
+    return [each["params"]["arm"] for each in result["benchmarks"]]
+
+
+# -- models, arms and sampling are data --------------------------------------------
+
+# Of the models' pages; Qwen3's without the copy of the embedding that its file holds.
+PUBLISHED_PARAMETERS = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen3-0.6b": 596_049_920,
+    "llama-3.2-1b": 1_235_814_400,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_models_have_as_many_weights_as_the_ones_they_are_the_shape_of(name):
+    assert models.MODELS[name].parameters == PUBLISHED_PARAMETERS[name]
+
+
+def test_a_model_is_a_folder_with_a_configuration(tmp_path):
+    path = models.write("llama-3.2-1b", tmp_path)
+    assert [file.name for file in path.iterdir()] == ["config.json"]
+    config = json.loads((path / "config.json").read_text())
+    assert config["vocab_size"] == 128256
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_every_patch_is_an_arm_of_its_own_and_all_are_one():
+    assert [*ENGINE] == [STOCK, CONTROL, *(patch.name for patch in SERIES), ALL]
+    for patch in SERIES:
+        assert ENGINE[patch.name].variables["VEXT_PATCHES"] == patch.name
+    assert ENGINE[ALL].variables == {
+        "VEXT": "1",
+        "VEXT_PATCHES": ",".join(patch.name for patch in SERIES),
+    }
+
+
+@pytest.mark.parametrize("name", [STOCK, CONTROL])
+def test_stock_runs_without_the_plugin(name):
+    assert ENGINE[name].variables == {"VEXT": "0", "VEXT_PATCHES": None}
+
+
+def test_only_patches_tell_the_arms_of_the_engine_benchmark_apart():
+    assert all(not arm.arguments and not arm.environment for arm in ENGINE.values())
+    assert all(arm.same_tokens for arm in ENGINE.values())
+
+
+def test_sampling_sets():
+    assert [*SAMPLING] == ["S0", "S1", "S2", "S3", "S4", "S5"]
+    repeating = {
+        name: [arms.repeats(each.of(index)) for index in range(2)]
+        for name, each in SAMPLING.items()
+    }
+    assert repeating == {
+        "S0": [True, True],
+        "S1": [False, False],
+        "S2": [False, False],
+        "S3": [True, True],
+        "S4": [True, False],
+        "S5": [True, True],
+    }
+    assert SAMPLING["S3"].of(1)["seed"] != SAMPLING["S3"].of(2)["seed"]
+
+
+# -- the order of blocks -----------------------------------------------------------
+
+
+def test_every_second_block_runs_the_one_before_backwards():
+    orders = turns.order("abc", 8, seed=5)
+    assert all(sorted(each) == ["a", "b", "c"] for each in orders)
+    assert all(orders[at] == orders[at + 1][::-1] for at in range(0, 8, 2))
+    assert len({tuple(each) for each in orders}) > 2  # drawn, not fixed
+    assert orders == turns.order("abc", 8, seed=5) != turns.order("abc", 8, seed=6)
+
+
+def test_engines_are_asked_in_that_order_one_at_a_time(monkeypatch):
+    asked = []
+    stock = turns.Child.ask
+
+    def ask(child, what, *args, **details):
+        if what == "closed" and details["seed"] >= 0:
+            asked.append(child.name.removeprefix("the engine of "))
+        return stock(child, what, *args, **details)
+
+    monkeypatch.setattr(turns.Child, "ask", ask)
+    measured(Arm("a", ""), blocks=12)
+    in_blocks = [asked[at : at + 3] for at in range(0, 36, 3)]
+    assert in_blocks == turns.order([STOCK, CONTROL, "a"], 12, seed=0)
+
+
+# -- verdicts ----------------------------------------------------------------------
+
+
+def test_a_slowdown_of_5_percent_is_seen_and_none_is_seen_where_there_is_none():
+    result, _ = measured(
+        Arm("slow", "", {"slow": 1.05}),
+        Arm("fast", "", {"slow": 1 / 1.05}),
+        Arm("same", "", {"slow": 1.001}),
+        blocks=40,
+    )
+    assert verdicts(result) == {
+        (CONTROL, "TPOT"): "SAME",
+        ("slow", "TPOT"): "REGRESSED",
+        ("fast", "TPOT"): "IMPROVED",
+        ("same", "TPOT"): "SAME",
+    }
+    assert result["vllm_ext"]["label"] == "CPU engine"
+
+
+def test_of_real_work_too():
+    slow = Arm("slow", "", {"works": True, "slow": 1.25})
+    same = Arm("same", "", {"works": True}, against=STOCK)
+    works = [Arm(STOCK, "", {"works": True}, against=""), slow, same]
+    result = turns.evidence(
+        "engine",
+        [Group(works, [CASE])],
+        Plan(24),
+        FAKE,
+        say=lambda text: None,
+        command=[],
+    )
+    found = verdicts(result)
+    assert found["slow", "TPOT"] == "REGRESSED"
+    # What a busy machine leaves open is not decided; it is never called a difference.
+    assert found["same", "TPOT"] in ("SAME", "UNDECIDED")
+
+
+def test_undecided_cases_run_once_more_with_twice_the_blocks():
+    loud = Arm("loud", "", {"noise": 0.4})
+    quiet = Case("tiny", "S1", 16, 8, batch=2)
+    result, said = measured(loud, blocks=8, cases=[CASE])
+    assert sum("undecided" in line for line in said) == 1
+    [rounds] = {each["stats"]["rounds"] for each in result["benchmarks"]}
+    assert rounds == 16  # in the place of the first 8, not beside them
+    assert result["vllm_ext"]["rerun"] == [CASE.name]
+    result, said = measured(Arm("slow", "", {"slow": 1.2}), blocks=8, cases=[quiet])
+    assert not any("undecided" in line for line in said)
+    assert result["vllm_ext"]["rerun"] == []
+
+
+class Warm:
+    """A machine gate that saw the card throttle."""
+
+    valid = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def throttled(self, start, end):
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.asked <= 4
+
+    def summary(self):
+        return {"valid": self.valid, "reason": "30 % of the samples throttled"}
+
+
+def test_what_the_machine_gate_rejects_is_invalid(monkeypatch):
+    monkeypatch.setattr(turns, "Watch", Warm)
+    result, _ = measured(Arm("slow", "", {"slow": 1.5}))
+    assert set(verdicts(result).values()) == {"INVALID"}
+    assert "30 % of the samples" in engine.table(result | {})
+
+
+def test_blocks_of_a_throttled_card_are_left_out_for_all_arms(monkeypatch):
+    monkeypatch.setattr(turns, "Watch", Warm)
+    monkeypatch.setattr(Warm, "valid", True)
+    result, _ = measured(Arm("a", ""), blocks=12)
+    dropped = result["vllm_ext"]["dropped_blocks"]
+    assert (
+        dropped == 2
+    )  # four throttled samples: of three in the first, one in the next
+    assert {each["stats"]["rounds"] for each in result["benchmarks"]} == {10}
+
+
+def test_a_control_that_differs_makes_the_case_invalid(monkeypatch):
+    slow = Arm(CONTROL, "", {"slow": 1.05})
+    result = turns.evidence(
+        "engine",
+        [Group([Arm(STOCK, "", against=""), slow, Arm("a", "")], [CASE])],
+        Plan(12),
+        FAKE,
+        say=lambda text: None,
+        command=[],
+    )
+    assert set(verdicts(result).values()) == {"INVALID"}
+
+
+def test_blocks_are_spread_over_the_boots():
+    result, said = measured(Arm("a", ""), blocks=12, boots=3)
+    booted = [line for line in said if "engine 3 of 3" in line]
+    assert len(booted) == 3
+    assert {each["stats"]["rounds"] for each in result["benchmarks"]} == {12}
+
+
+# -- wrong answers have no figures -------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [-1, 3], ids=["before the clock", "in a block"])
+def test_an_arm_with_other_tokens_than_stock_has_no_figure(block):
+    result, _ = measured(Arm("wrong", "", {"wrong_in": block}), Arm("right", ""))
+    assert names(result) == [STOCK, CONTROL, "right"]
+    assert not any(arm == "wrong" for arm, _ in verdicts(result))
+    [refused] = result["vllm_ext"]["refused"]
+    assert refused["arm"] == "wrong"
+    assert refused["why"].startswith("other tokens than stock: request 4, token 3: ")
+    assert "no figure: tiny, batch 4, S0: wrong: other tokens" in engine.table(result)
+
+
+def test_where_stock_does_not_repeat_itself_nobody_has_a_figure():
+    wrong = Arm(CONTROL, "", {"wrong_in": 2})
+    result = turns.evidence(
+        "engine",
+        [Group([Arm(STOCK, "", against=""), wrong, Arm("a", "")], [CASE])],
+        Plan(12),
+        FAKE,
+        say=lambda text: None,
+        command=[],
+    )
+    assert result["benchmarks"] == []
+    assert {each["arm"] for each in result["vllm_ext"]["refused"]} == {
+        *(STOCK, CONTROL, "a")
+    }
+
+
+def test_an_arm_that_need_not_repeat_tells_how_many_tokens_it_shares():
+    other = Arm("other", "", {"wrong_in": -1}, same_tokens=False)
+    result, _ = measured(other)
+    figures = {
+        each["params"]["arm"]: each["extra_info"] for each in result["benchmarks"]
+    }
+    assert figures["other"]["token_agreement"] == 1 - 1 / 32
+    assert figures[STOCK]["token_agreement"] is None
+    assert result["vllm_ext"]["refused"] == []
+
+
+def test_tokens_that_do_not_repeat_are_not_compared():
+    assert turns.agreement([None, [1, 2]], [None, [1, 2]]) == (2, 2, "")
+    equal, of, first = turns.agreement([[1, 2]], [[1]])
+    assert (equal, of, first) == (1, 2, "request 1, token 2: None, not 2")
+
+
+# -- engines that are not what they should be --------------------------------------
+
+
+def test_an_engine_that_cannot_be_built_is_named_and_the_others_go_on():
+    result, _ = measured(Arm("broken", "a broken one", {"boots": False}), Arm("a", ""))
+    assert names(result) == [STOCK, CONTROL, "a"]
+    [lost] = result["vllm_ext"]["not_run"]
+    assert lost["why"] == "the engine of broken: no such attention backend"
+    assert "not run: broken (a broken one): the engine of" in engine.table(result)
+
+
+def test_an_arm_whose_patch_does_not_fit_has_no_figure():
+    patch = {"name": "late", "state": "skipped", "reason": "copy_to changed"}
+    result, _ = measured(Arm("late", "", {"patches": [patch]}), Arm("a", ""))
+    assert names(result) == [STOCK, CONTROL, "a"]
+    [refused] = result["vllm_ext"]["refused"]
+    assert refused["why"] == "its patch is skipped: copy_to changed"
+
+
+def test_an_engine_that_ends_loses_its_figures():
+    result, _ = measured(Arm("ends", "", {"fails_in": 4}), Arm("a", ""))
+    assert names(result) == [STOCK, CONTROL, "a"]
+    assert "status 3" in result["vllm_ext"]["not_run"][0]["why"]
+
+
+def test_without_stock_there_is_nothing_to_compare():
+    broken = Arm(STOCK, "", {"boots": False}, against="")
+    with pytest.raises(engine.CannotRunError, match="no such attention backend"):
+        turns.evidence(
+            "engine",
+            [Group([broken, Arm("a", "")], [CASE])],
+            Plan(8),
+            FAKE,
+            say=lambda text: None,
+            command=[],
+        )
+
+
+@pytest.mark.parametrize(
+    ("arm", "made", "wrong"),
+    [
+        (Arm("", "", {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}), {"runner": "V1"}, ""),
+        (
+            Arm("", "", {}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+            {"runner": "V2"},
+            "vLLM made an engine with runner V2 instead of V1",
+        ),
+        (
+            Arm("", "", {"compilation_config": {"cudagraph_mode": "FULL"}}),
+            {"graphs": "PIECEWISE"},
+            "vLLM made an engine with graphs PIECEWISE instead of FULL",
+        ),
+        (
+            Arm("", "", {"async_scheduling": False}),
+            {"async_scheduling": True},
+            "vLLM made an engine with async_scheduling True instead of False",
+        ),
+    ],
+)
+def test_an_engine_has_to_be_what_its_arm_says(arm, made, wrong):
+    assert turns.differs(arm, made) == wrong
+
+
+def test_engines_that_do_not_fit_are_one_line(monkeypatch):
+    monkeypatch.setattr(turns, "free_memory", lambda has_gpu: 3e9)
+    with pytest.raises(engine.CannotRunError, match="3 engines of about 1.0 GB each"):
+        measured(Arm("a", ""))
+
+
+# -- a profile of a GPU ------------------------------------------------------------
+
+
+def test_a_profile_is_reduced_to_a_step():
+    def call(name, category="cuda_runtime"):
+        return {"cat": category, "name": name, "ts": 0, "dur": 1}
+
+    def work(start, length, category="kernel"):
+        return {"cat": category, "name": "k", "ts": start, "dur": length}
+
+    two_steps = [
+        *(call("cudaLaunchKernel"), call("cuLaunchKernelEx", "cuda_driver")),
+        *(call("cudaGraphLaunch"), call("cudaMemcpyAsync"), call("cudaMemsetAsync")),
+        *(call("cudaEventSynchronize"), call("cudaDeviceSynchronize")),
+        # 10 to 30 and 20 to 40 at once, 35 to 38 within, 60 to 65 alone
+        *(work(20, 20), work(10, 20), work(35, 3, "gpu_memcpy")),
+        *(work(60, 5, "gpu_memset"), {"ph": "M", "name": "process_name"}),
+    ]
+    assert enginerun.reduced(two_steps, 2) == {
+        "steps": 2,
+        "submissions": {"graph": 0.5, "launch": 1, "copy": 0.5, "memset": 0.5},
+        "waits": 0.5,  # the last one is the profiler's own
+        "busy_us": 17.5,
+        "why": "",
+    }
+
+
+# -- the command -------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_lane(monkeypatch):
+    monkeypatch.setattr(Lane, "here", classmethod(lambda cls: FAKE))
+
+
+def test_the_command_prints_and_writes(fake_lane, tmp_path, capsys):
+    path = tmp_path / "engine.json"
+    args = parse("--batch", "1,2", "--rate", "50", "--json", str(path))
+    assert engine.run(args) == 0
+    seen = capsys.readouterr()
+    assert seen.out.startswith("CPU engine: every figure below is of that.\n")
+    assert "nothing about the speed of a GPU" in seen.out
+    assert "\ntiny, batch 1, S0 (greedy)\n16 tokens in, 8 out; " in seen.out
+    assert "\ntiny, 50 requests/s, S0 (greedy)\n" in seen.out
+    assert "    TTFT 1.0" in seen.out
+    assert max(map(len, seen.out.splitlines())) <= 100
+    assert "case 3 of 3: tiny, 50 requests/s, S0" in seen.err
+    written = json.loads(path.read_text())
+    assert len(written["benchmarks"]) == 3 * 3
+    assert written["vllm_ext"]["kind"] == "engine"
+
+
+def test_it_says_where_it_is_and_what_is_left(monkeypatch):
+    monkeypatch.setattr(turns, "SAYS_EVERY", 0.0)
+    _, said = measured(Arm("a", ""), blocks=10)
+    lines = [line for line in said if "block" in line]
+    assert lines[4].startswith("case 1 of 1: tiny, batch 4, S0, block 5 of 10, about ")
+    assert lines[4].endswith(" left")
+
+
+def test_a_regression_and_a_wrong_arm_are_exit_1(fake_lane, monkeypatch):
+    for arm in (Arm("x", "", {"slow": 1.2}), Arm("x", "", {"wrong_in": 1})):
+        monkeypatch.setitem(engine.ENGINE, "x", arm)
+        assert engine.run(parse("--arms", "x", "--batch", "1", "--blocks", "12")) == 1
+
+
+def test_too_few_blocks_for_a_verdict_are_said(fake_lane, capsys):
+    engine.run(parse("--batch", "1", "--blocks", "4"))
+    assert "4 blocks decide nothing here, where it takes 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json", "/nowhere/there.json"), "/nowhere/there.json cannot be written"),
+        (("--json", "/"), "it is a folder"),
+        (("--prompt", "5000"), "tiny has a context of 2048 tokens"),
+    ],
+)
+def test_wrong_wishes_are_one_line_before_any_work(
+    fake_lane, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(engine, "evidence", lambda *args, **kwargs: 1 / 0)
+    assert engine.run(parse(*arguments)) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_without_vllm_it_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(turns.importlib.util, "find_spec", lambda name: None)
+    assert engine.run(parse()) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "vllm-ext: this command needs vLLM: install it beside vllm-ext"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--models", "gpt-5"), "no model gpt-5; there are tiny, qwen2.5-0.5b"),
+        (("--arms", "stock,faster"), "no arm faster; there are stock, control"),
+        (("--sampling", "S9"), "no sampling set S9; there are S0, S1"),
+        (("--rate", "0"), "a rate is above 0 requests/s"),
+        (("--rate", "nan"), "a rate is above 0 requests/s"),
+        (("--batch", "0"), "a batch has at least one request"),
+        (("--output", "1"), "two tokens or more"),
+        (("--blocks", "0"), "0 is not 1 or more"),
+    ],
+)
+def test_unknown_names_and_numbers_are_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# -- a real engine -----------------------------------------------------------------
+
+
+@pytest.mark.vllm
+def test_real_engines_on_the_cpu(tmp_path, capsys):
+    path = tmp_path / "engine.json"
+    args = parse("--batch", "2", "--rate", "40", "--requests", "3", "--sampling", "S4")
+    args.json, args.blocks, args.control, args.output = path, 2, False, 4
+    assert engine.run(args) == 0
+    result = json.loads(path.read_text())
+    ours = result["vllm_ext"]
+    assert ours["label"] == "CPU engine"
+    assert ours["refused"] == ours["not_run"] == []
+    # Of two requests, and three in the check before the arrivals, the greedy ones.
+    assert ours["tokens_compared"] >= 4 * (1 + 2) + 4 * 2
+    figures = {each["name"]: each for each in result["benchmarks"]}
+    assert [*figures] == [
+        "tiny, batch 2, S4, stock",
+        "tiny, batch 2, S4, all",
+        "tiny, 40 requests/s, S4, stock",
+        "tiny, 40 requests/s, S4, all",
+    ]
+    for each in figures.values():
+        info = each["extra_info"]
+        assert 0 < info["host_median_s"] < info["ttft_p99_s"]
+        assert 0 < info["itl_median_s"] <= info["itl_p99_s"]
+        assert info["tokens_per_s"] > 0
+        assert info["busy_share"] is None
+    stock, patched = (
+        figures[f"tiny, batch 2, S4, {arm}"]["extra_info"]["submissions_per_step"]
+        for arm in (STOCK, ALL)
+    )
+    assert stock["graph"] == patched["graph"] == 1
+    assert sum(patched.values()) < sum(stock.values())
+    states = {each["name"]: each["state"] for each in ours["patches"]}
+    assert states["repeated_batch"] == "in use"
+    assert "there is no device" in capsys.readouterr().out
