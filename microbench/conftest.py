@@ -429,5 +429,6 @@ def _launches_counted(launches: Counter[str], counted: Any) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    """The first line of ``error``, with its kind."""
+    text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -141,17 +141,16 @@ def measure(
     Raises:
         NoRoundLeftError: The card throttled all the time.
     """
-    sets = [
-        make_args(number) for number in range(sets_needed(set_bytes, device.l2_bytes))
-    ]
+    number = sets_needed(set_bytes, device.l2_bytes)
+    *cold, hot = [make_args(each) for each in range(number + 1)]
     lanes = {
-        name: _Lane(provider, sets, device) for name, provider in providers.items()
+        name: _Lane(provider, cold, hot, device) for name, provider in providers.items()
     }
     for name, lane in lanes.items():
         lane.warm()
         if check_replay is not None and lane.replayed is not None:
             try:
-                check_replay(sets[0], lane.replayed)
+                check_replay(hot, lane.replayed)
             except AssertionError as error:
                 raise AssertionError(f"{name}, replayed in a graph: {error}") from None
     turns = random.Random(seed)
@@ -183,36 +182,36 @@ class _Lane:
     """A provider with its calls captured, or to be queued, and its times so far."""
 
     def __init__(
-        self, provider: Provider, sets: Sequence[Args], device: Device
+        self, provider: Provider, cold: Sequence[Args], hot: Args, device: Device
     ) -> None:
         self.times = Times(
-            sets=len(sets), uncapturable=provider.uncapturable, note=provider.note
+            sets=len(cold), uncapturable=provider.uncapturable, note=provider.note
         )
         self.replayed: Any = None
-        self._call, self._sets, self._device = provider.call, sets, device
+        self._call, self._device = provider.call, device
+        self._cold, self._hot = cold, hot
         self._captures = not provider.uncapturable
         self._chunks: list[tuple[Callable[[], None], int]] = []
-        self._hot: tuple[Callable[[], None], int] = (lambda: None, 1)
+        self._again: tuple[Callable[[], None], int] = (lambda: None, 1)
         self._ahead = 0.0
-        self._turn = 0
+        self._turn = 1  # the first chunk is in the cache after warming up
 
     def warm(self) -> None:
         """Compile, capture, and bring the card to its clocks."""
-        self._call(*self._sets[0])
+        self._call(*self._hot)
         self._device.synchronize()
-        one = max(self._device.seconds(self._calls([0]), 1e-3), 1e-7)
+        one = max(self._device.seconds(self._calls([self._hot]), 1e-3), 1e-7)
         largest = GRAPH_CALLS if self._captures else QUEUED_CALLS
-        starts = range(0, len(self._sets), largest)
         chunks = [
-            list(range(start, min(start + largest, len(self._sets))))
-            for start in starts
+            self._cold[start : start + largest]
+            for start in range(0, len(self._cold), largest)
         ]
-        hot = min(largest, max(HOST_CALLS, math.ceil(HOT_SECONDS / one)))
+        long = min(largest, max(HOST_CALLS, math.ceil(HOT_SECONDS / one)))
         for chunk in chunks:
             # A few sets only: go round them until the round is long enough.
-            times = max(1, hot // len(chunk)) if len(chunks) == 1 else 1
-            self._chunks.append((self._work(chunk * times), len(chunk) * times))
-        self._hot = (self._work([0] * hot, count=True), hot)
+            times = max(1, long // len(chunk)) if len(chunks) == 1 else 1
+            self._chunks.append((self._work([*chunk] * times), len(chunk) * times))
+        self._again = (self._work([self._hot] * long, count=True), long)
         self.times.calls = self._chunks[0][1]
         started = self._device.host_clock()
         self._chunks[0][0]()
@@ -220,7 +219,7 @@ class _Lane:
         self._device.synchronize()
         until = time.monotonic() + WARM_SECONDS
         while True:
-            self._hot[0]()
+            self._again[0]()
             self._device.synchronize()
             if time.monotonic() >= until:
                 break
@@ -230,34 +229,35 @@ class _Lane:
         work, calls = self._chunks[self._turn % len(self._chunks)]
         self._turn += 1
         cold = self._device.seconds(work, self._ahead) / calls
-        work, calls = self._hot
-        hot = self._device.seconds(work, self._ahead) / calls
         self._device.synchronize()
         started = self._device.host_clock()
         for _ in range(HOST_CALLS):
-            self._call(*self._sets[0])
+            self._call(*self._hot)
         host = (self._device.host_clock() - started) / HOST_CALLS
+        # What those calls have read is what the next ones find in the cache.
+        work, calls = self._again
+        hot = self._device.seconds(work, self._ahead) / calls
         self._device.synchronize()
         return cold, hot, host
 
-    def _calls(self, numbers: Sequence[int]) -> Callable[[], None]:
+    def _calls(self, sets: Sequence[Args]) -> Callable[[], None]:
         def work() -> None:
-            for number in numbers:
-                self.replayed = self._call(*self._sets[number])
+            for args in sets:
+                self.replayed = self._call(*args)
 
         return work
 
-    def _work(self, numbers: Sequence[int], count: bool = False) -> Callable[[], None]:
-        eager = self._calls(numbers)
+    def _work(self, sets: Sequence[Args], count: bool = False) -> Callable[[], None]:
+        eager = self._calls(sets)
         if not self._captures:
             if count:
                 launches = self._device.launches(eager)
-                self.times.launches = launches and launches / len(numbers)
+                self.times.launches = launches and launches / len(sets)
             self.replayed = None
             return eager
         captured = self._device.capture(eager)
         if count and captured.launches is not None:
-            self.times.launches = captured.launches / len(numbers)
+            self.times.launches = captured.launches / len(sets)
         return captured.replay
 
 
