@@ -64,3 +64,13 @@ def test_a_machine_where_every_probe_fails_is_described_all_the_same(nothing_wor
     assert [found[key] for key in ("memory_gb", "torch", "commit", "dirty")] == [
         None
     ] * 4
+
+
+def test_a_copied_checkout_has_its_commit_from_whoever_copied_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CHECKOUT", tmp_path)
+    monkeypatch.delenv("VEXT_COMMIT", raising=False)
+    assert machine.describe()["commit"] is None
+    for text, dirty in (("0123456789ab", False), ("0123456789ab+", True)):
+        monkeypatch.setenv("VEXT_COMMIT", text)
+        found = machine.describe()
+        assert (found["commit"], found["dirty"]) == ("0123456789ab", dirty)

@@ -24,7 +24,8 @@ def describe() -> dict[str, Any]:
     Keys: ``cpu`` (its model), ``cores`` (this process may use), ``memory_gb``, ``os``,
     ``python``, ``torch``, ``triton``, ``vllm``, ``vllm_ext``, ``gpu`` (its name, or
     "no GPU"), ``gpu_memory_gb``, ``driver``, ``commit``, ``dirty`` (whether files
-    under version control differ from it).
+    under version control differ from it). A checkout that was copied without its
+    history has them from ``VEXT_COMMIT``: a commit, with "+" where files differ.
     """
     return {
         "cpu": _try(_cpu_model) or platform.machine() or None,
@@ -37,7 +38,7 @@ def describe() -> dict[str, Any]:
             for name in ("torch", "triton", "vllm", "vllm-ext")
         },
         **(_try(_gpu) or {"gpu": NO_GPU, "gpu_memory_gb": None, "driver": None}),
-        **(_try(_checkout) or {"commit": None, "dirty": None}),
+        **(_try(_checkout) or _told() or {"commit": None, "dirty": None}),
     }
 
 
@@ -89,6 +90,13 @@ def _gpu() -> dict[str, Any]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _told() -> dict[str, Any]:
+    commit = os.environ.get("VEXT_COMMIT", "")
+    if not commit:
+        return {}
+    return {"commit": commit.removesuffix("+"), "dirty": commit.endswith("+")}
 
 
 def _checkout() -> dict[str, Any]:

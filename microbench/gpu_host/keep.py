@@ -1,0 +1,113 @@
+"""``python -m vllm_ext.microbench.gpu_host.keep DIR``: file what came back.
+
+On the CPU machine: takes the ``STAGE.json`` files of `run` and puts what they hold to
+the other results, ``microbench/results/<gpu>/``, under the names that
+`vllm_ext.bench.results` gives: the benchmarks' own result files as they are, the other
+stages as one file each. Stages that did not come to their end are said and left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_ext import jsonfile
+from vllm_ext.bench import results
+from vllm_ext.microbench.gpu_host.run import COMPLETE, FAILED
+from vllm_ext.microbench.gpu_host.stages import STAGES
+
+Json = dict[str, Any]
+WHOLE = ("environment", "smoke", "baseline", "tests")  # kept as the stage wrote them
+
+
+class CannotKeepError(Exception):
+    """One line: which file, and what is wrong with it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """File the stages of a folder; 1 if one cannot be read or is not complete."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_ext.microbench.gpu_host.keep",
+        description="File the results of a GPU host.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--results", type=Path, default=results.RESULTS)
+    args = parser.parse_args(argv)
+    try:
+        kept, left_out = keep(args.folder, args.results)
+    except (CannotKeepError, jsonfile.CannotWriteError) as error:
+        sys.stderr.write(f"keep: {error}\n")
+        return 1
+    for path in kept:
+        sys.stdout.write(f"{path}\n")
+    for line in left_out:
+        sys.stderr.write(f"keep: left out: {line}\n")
+    return 1 if left_out else 0
+
+
+def keep(folder: Path, into: Path) -> tuple[list[Path], list[str]]:
+    """What was filed, and a line for each stage that was not.
+
+    Raises:
+        CannotKeepError: There are no results in ``folder``, or one is damaged.
+    """
+    found = {name: _read(folder / f"{name}.json") for name in STAGES}
+    stages = {name: stage for name, stage in found.items() if stage}
+    machine = _machine(stages, folder)
+    kept: list[Path] = []
+    left_out = []
+    for name, stage in stages.items():
+        # A test that failed is a result; a benchmark that did is none.
+        fine = (COMPLETE, FAILED) if name == "tests" else (COMPLETE,)
+        if stage["status"] not in fine:
+            left_out.append(f"{name} is {stage['status']}: {stage.get('reason', '')}")
+            continue
+        for path, value in _files(name, stage, machine):
+            target = into / path.relative_to(results.RESULTS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            jsonfile.write(target, value)
+            kept.append(target)
+    return kept, left_out
+
+
+def _read(path: Path) -> Json:
+    if not path.exists():
+        return {}
+    try:
+        stage = json.loads(path.read_text())
+    except ValueError as error:
+        raise CannotKeepError(f"{path} is no result of a stage: {error}") from None
+    if not isinstance(stage, dict) or not {"status", "commit"} <= stage.keys():
+        raise CannotKeepError(f"{path} is no result of a stage: it has no status")
+    return stage
+
+
+def _machine(stages: Mapping[str, Json], folder: Path) -> Json:
+    """On what it ran, with the commit that the runner knew."""
+    for name in ("environment", "smoke"):
+        for task in stages.get(name, {}).get("tasks", {}).values():
+            here = (task.get("result") or {}).get("machine")
+            if here:
+                return {**here, "commit": stages[name]["commit"] or here["commit"]}
+    raise CannotKeepError(
+        f"{folder} has no environment.json or smoke.json that says on what machine the "
+        "stages ran: put it beside them"
+    )
+
+
+def _files(name: str, stage: Json, machine: Json) -> Iterator[tuple[Path, Json]]:
+    if name in WHOLE:
+        yield results.kept_as(name, machine), stage
+    for task in stage.get("tasks", {}).values():
+        result = task.get("result")
+        if isinstance(result, dict) and "vllm_ext" in result:
+            ours = result["vllm_ext"]
+            yield results.kept_as(ours["kind"], ours["machine"]), result
+        for file, value in (task.get("files") or {}).items():
+            yield results.RESULTS / file, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

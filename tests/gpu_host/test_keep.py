@@ -1,0 +1,90 @@
+"""What comes back from the GPU host finds its place among the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_ext.bench import results
+from vllm_ext.microbench.gpu_host import keep
+
+MACHINE = {
+    **{"gpu": "NVIDIA H200", "gpu_memory_gb": 150.0, "driver": "580.1", "cpu": "CPU"},
+    **{"cores": 16, "memory_gb": 128.0, "os": "Linux", "python": "3.12.3"},
+    **{"torch": "2.11.0", "triton": "3.6.0", "vllm": "0.33.0", "vllm_ext": "0.1.0"},
+    **{"commit": None, "dirty": None},
+}
+
+
+def put(folder: Path, stage: str, status: str = "complete", **tasks: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    found = {"stage": stage, "commit": "0123456789ab", "status": status, "tasks": tasks}
+    (folder / f"{stage}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def back(tmp_path: Path) -> Path:
+    put(tmp_path / "back", "environment", environment={"result": {"machine": MACHINE}})
+    return tmp_path / "back"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.json"))
+
+
+def test_stages_and_benchmarks_are_filed_under_their_gpu(back: Path, tmp_path: Path):
+    document = results.document(
+        *("engine", [], []),
+        **{"patches": [], "watch": None, "command": [], "label": "GPU engine"},
+    )
+    document["vllm_ext"]["machine"] = {**MACHINE, "commit": "0123456789ab"}
+    put(back, "engine", engine={"result": document})
+    put(back, "baseline", **{"qwen": {"result": {"cases": {}}}})
+    prove = {"nvidia-h200/2026-01-01_0123456_vllm-0.33.0_prove.json": {"patches": {}}}
+    put(back, "prove", gpu={"result": [], "files": prove}, syncs={"result": []})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 0
+    found = names(tmp_path / "results")
+    assert [name.rpartition("_")[2] for name in found] == [
+        *("prove.json", "baseline.json", "engine.json", "environment.json")
+    ]
+    assert all(name.startswith("nvidia-h200/") for name in found)
+    assert all("_0123456_vllm-0.33.0_" in name for name in found)
+    engine = json.loads((tmp_path / "results" / found[2]).read_text())
+    assert engine == document
+
+
+def test_a_stage_that_was_stopped_is_left_out_and_said(
+    back: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    put(back, "baseline", "stopped", qwen={"result": {"cases": {}}})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 1
+    assert "left out: baseline is stopped" in capsys.readouterr().err
+    assert len(names(tmp_path / "results")) == 1
+
+
+def test_tests_that_failed_are_a_result(back: Path, tmp_path: Path):
+    put(back, "tests", "failed", pytest={"result": {"failed": 1}})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 0
+    assert len(names(tmp_path / "results")) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"no": "stage"}'])
+def test_a_foreign_file_is_one_line(
+    back: Path, text: str, capsys: pytest.CaptureFixture[str]
+):
+    (back / "smoke.json").write_text(text)
+    assert keep.main([str(back)]) == 1
+    assert "smoke.json is no result of a stage" in capsys.readouterr().err
+
+
+def test_without_a_machine_nothing_is_filed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    put(tmp_path / "back", "baseline")
+    into = ["--results", str(tmp_path / "results")]
+    assert keep.main([str(tmp_path / "back"), *into]) == 1
+    assert "environment.json" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
