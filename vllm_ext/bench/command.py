@@ -12,6 +12,14 @@ KINDS = {
         "vllm_ext.bench.kernels",
         "our kernels beside their competitors; without a GPU answers only",
     ),
+    "engine": (
+        "vllm_ext.bench.engine",
+        "whole engines, stock against each patch: TPOT, TTFT, tokens/s",
+    ),
+    "linkedin": (
+        "vllm_ext.bench.linkedin",
+        "LinkedIn's two headlines, on this machine",
+    ),
     "compare": ("vllm_ext.bench.compare", "what changed between two result files"),
     "gate": ("vllm_ext.bench.gate", "for CI: fail if a gain became less"),
     "report": ("vllm_ext.bench.report", "result files as one page, with plots"),
