@@ -21,7 +21,7 @@ from vllm_ext.bench.compare import seconds
 
 # A step on the host, in the order in which it happens.
 PARTS = ("schedule", "execute_model", "sample_tokens", "update_from_output")
-SHARE = "copy_share"  # of an entry of a kernel: its bandwidth by that of a copy
+SHARE = "cold_share_of_copy"  # of a kernel: its bandwidth by that of a copy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
