@@ -4,11 +4,11 @@ An arm's ``arguments`` say how it behaves:
 
 ``slow``     its time per token, as a multiple
 ``noise``    standard deviation of its blocks, as a share (0.01)
+``draw``     whose noise it has: arms with the same draw the same
 ``works``    if true, its timings are of real work on the CPU
 ``wrong_in`` the seed of the block in which its tokens are wrong
 ``fails_in`` the seed of the block in which its process ends
 ``boots``    if false, it cannot be built
-``runner``   what it says it is
 ``patches``  what it says of its patches
 """
 
@@ -24,16 +24,18 @@ REQUESTS = 9  # timings of which a block's is the median, when work is timed
 
 def main():
     asked = {}
-    settings = {"slow": 1.0, "noise": 0.01, "runner": "V2"}
+    settings = {"slow": 1.0, "noise": 0.01}
 
     def boot(model, arguments, form, seats, length, cpu):
         os.sched_setaffinity(0, {cpu})
         settings.update(arguments)
         if settings.get("boots") is False:
             raise ValueError("no such attention backend")
+        old = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
         return {
-            **{"device": "CPU", "runner": settings["runner"], "graphs": "FULL"},
-            **{"async_scheduling": True, "form": form, "boot_s": 0.1},
+            **{"device": "CPU", "graphs": "FULL", "form": form, "boot_s": 0.1},
+            "async_scheduling": settings.get("async_scheduling", True),
+            "runner": "V1" if old else "V2",
         }
 
     def closed(batch, sampling, prompt, output, seed):
@@ -46,7 +48,7 @@ def main():
             tokens[-1][2] += 1
         started = time.monotonic()
         moment = random.Random(f"moment {seed}").lognormvariate(0, 0.1)
-        draw = random.Random(f"{settings} {seed}")
+        draw = random.Random(f"{settings.get('draw')} {seed}")
         tpot = SECONDS * moment * settings["slow"]
         tpot *= draw.lognormvariate(0, settings["noise"])
         each = [tpot] * batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vllm_ext.patches import SERIES
 
 FAKE = Lane(False, {"PYTHONPATH": str(Path(__file__).parent)}, module="engine_fake")
 CASE = Case("tiny", "S0", 16, 8, batch=4)
+STOCKS = (Arm(STOCK, "", against=""), Arm(CONTROL, ""))
 
 
 def parse(*arguments):
@@ -23,16 +25,22 @@ def parse(*arguments):
     return parser.parse_args(arguments)
 
 
-def measured(*others, blocks=12, cases=(CASE,), boots=1, control=True, say=None):
-    """What a run with a fake stock engine and ``others`` finds; what it said."""
+def measured(
+    *others, blocks=12, cases=(CASE,), boots=1, stock=STOCKS[0], control=STOCKS[1]
+):
+    """What a run with fake engines finds; what it said."""
     said = []
-    chosen = [Arm(STOCK, "", against=""), *([Arm(CONTROL, "")] if control else [])]
+    chosen = [arm for arm in (stock, control, *others) if arm]
+    # Each has noise of its own.
+    drawn = [
+        replace(arm, arguments={"draw": arm.name, **arm.arguments}) for arm in chosen
+    ]
     result = turns.evidence(
         "engine",
-        [Group([*chosen, *others], cases)],
+        [Group(drawn, cases)],
         Plan(blocks, boots),
         FAKE,
-        say=say or said.append,
+        say=said.append,
         command=["bench", "engine"],
     )
     return result, said
@@ -155,16 +163,9 @@ def test_a_slowdown_of_5_percent_is_seen_and_none_is_seen_where_there_is_none():
 
 def test_of_real_work_too():
     slow = Arm("slow", "", {"works": True, "slow": 1.25})
-    same = Arm("same", "", {"works": True}, against=STOCK)
-    works = [Arm(STOCK, "", {"works": True}, against=""), slow, same]
-    result = turns.evidence(
-        "engine",
-        [Group(works, [CASE])],
-        Plan(24),
-        FAKE,
-        say=lambda text: None,
-        command=[],
-    )
+    same = Arm("same", "", {"works": True})
+    stock = Arm(STOCK, "", {"works": True}, against="")
+    result, _ = measured(slow, same, blocks=24, stock=stock, control=None)
     found = verdicts(result)
     assert found["slow", "TPOT"] == "REGRESSED"
     # What a busy machine leaves open is not decided; it is never called a difference.
@@ -221,16 +222,9 @@ def test_blocks_of_a_throttled_card_are_left_out_for_all_arms(monkeypatch):
     assert {each["stats"]["rounds"] for each in result["benchmarks"]} == {10}
 
 
-def test_a_control_that_differs_makes_the_case_invalid(monkeypatch):
+def test_a_control_that_differs_makes_the_case_invalid():
     slow = Arm(CONTROL, "", {"slow": 1.05})
-    result = turns.evidence(
-        "engine",
-        [Group([Arm(STOCK, "", against=""), slow, Arm("a", "")], [CASE])],
-        Plan(12),
-        FAKE,
-        say=lambda text: None,
-        command=[],
-    )
+    result, _ = measured(Arm("a", ""), control=slow)
     assert set(verdicts(result).values()) == {"INVALID"}
 
 
@@ -257,14 +251,7 @@ def test_an_arm_with_other_tokens_than_stock_has_no_figure(block):
 
 def test_where_stock_does_not_repeat_itself_nobody_has_a_figure():
     wrong = Arm(CONTROL, "", {"wrong_in": 2})
-    result = turns.evidence(
-        "engine",
-        [Group([Arm(STOCK, "", against=""), wrong, Arm("a", "")], [CASE])],
-        Plan(12),
-        FAKE,
-        say=lambda text: None,
-        command=[],
-    )
+    result, _ = measured(Arm("a", ""), control=wrong)
     assert result["benchmarks"] == []
     assert {each["arm"] for each in result["vllm_ext"]["refused"]} == {
         *(STOCK, CONTROL, "a")
@@ -304,7 +291,7 @@ def test_an_arm_whose_patch_does_not_fit_has_no_figure():
     result, _ = measured(Arm("late", "", {"patches": [patch]}), Arm("a", ""))
     assert names(result) == [STOCK, CONTROL, "a"]
     [refused] = result["vllm_ext"]["refused"]
-    assert refused["why"] == "its patch is skipped: copy_to changed"
+    assert refused["why"] == "late is skipped: copy_to changed"
 
 
 def test_an_engine_that_ends_loses_its_figures():
@@ -316,14 +303,7 @@ def test_an_engine_that_ends_loses_its_figures():
 def test_without_stock_there_is_nothing_to_compare():
     broken = Arm(STOCK, "", {"boots": False}, against="")
     with pytest.raises(engine.CannotRunError, match="no such attention backend"):
-        turns.evidence(
-            "engine",
-            [Group([broken, Arm("a", "")], [CASE])],
-            Plan(8),
-            FAKE,
-            say=lambda text: None,
-            command=[],
-        )
+        measured(Arm("a", ""), stock=broken, control=None)
 
 
 @pytest.mark.parametrize(

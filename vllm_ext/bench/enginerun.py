@@ -31,6 +31,7 @@ from vllm_ext import gpupath
 from vllm_ext.bench import legacy, models
 from vllm_ext.bench.arms import SAMPLING, repeats
 from vllm_ext.children import serve
+from vllm_ext.patching.engine import IN_USE, WAITING
 from vllm_ext.patching.report import snapshot
 
 FIRST_ID = 3  # those below are special tokens
@@ -50,20 +51,33 @@ def main() -> None:
     def of(name: str) -> Callable[..., Any]:
         return lambda **details: getattr(loop, name)(**details)
 
+    def states() -> list[dict[str, Any]]:
+        return patches(loop.form if loop else "")
+
     asked = {name: of(name) for name in ("closed", "arrivals", "trace")}
-    serve({"boot": boot, "patches": patches, **asked})
+    serve({"boot": boot, "patches": states, **asked})
 
 
-def patches() -> list[dict[str, Any]]:
-    """Name, state and reason of every patch of this process."""
+def patches(form: str) -> list[dict[str, Any]]:
+    """Name, state and reason of every patch of this process.
+
+    Args:
+        form: Of `vllm_ext.bench.legacy`; counts as a patch.
+    """
     from vllm_ext import plugin
 
-    if plugin.engine is None:
-        return []
-    return [
-        {"name": each["name"], "state": each["state"], "reason": each["reason"]}
-        for each in snapshot(plugin.engine)["patches"]
-    ]
+    found = []
+    if form:
+        state = IN_USE if legacy.CALLS[form] else WAITING
+        reason = "" if legacy.CALLS[form] else "the engine never called them"
+        name = f"{form} penalties (reproduction only)"
+        found.append({"name": name, "state": state, "reason": reason})
+    if plugin.engine is not None:
+        found += [
+            {name: each[name] for name in ("name", "state", "reason")}
+            for each in snapshot(plugin.engine)["patches"]
+        ]
+    return found
 
 
 class EngineLoop:
@@ -91,6 +105,7 @@ class EngineLoop:
         self._model = models.MODELS[model]
         self._has_gpu = _has_gpu()
         self._host: Any = None
+        self.form = form
         if form:
             legacy.put_in_place(form)
         with ExitStack() as stack:

@@ -7,6 +7,7 @@ description: a positive logit of a token that was seen is divided by the penalty
 other multiplied.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,9 @@ def _factor(
 FORMS: dict[str, Penalties] = {"boolean": boolean, "where": where}
 
 
+CALLS: Counter[str] = Counter()  # of what `put_in_place` put there
+
+
 def put_in_place(name: str) -> None:
     """Let engines of this process apply penalties in the way of that ``name``.
 
@@ -73,4 +77,10 @@ def put_in_place(name: str) -> None:
     """
     from vllm import _custom_ops
 
-    _custom_ops.apply_repetition_penalties = FORMS[name]
+    form = FORMS[name]
+
+    def counted(*tensors: "torch.Tensor") -> None:
+        CALLS[name] += 1
+        form(*tensors)
+
+    _custom_ops.apply_repetition_penalties = counted

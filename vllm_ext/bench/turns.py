@@ -240,6 +240,7 @@ def evidence(
     load = os.getloadavg()[0]
     found: dict[Case, Measured] = {}
     missing: list[dict[str, str]] = []
+    problems: list[CannotRunError] = []
     states: dict[str, list[dict[str, Any]]] = {}
     with Watch() as watch:
         again: list[str] = []
@@ -247,8 +248,11 @@ def evidence(
         def measure(number: int, cases: Sequence[Case], plan: Plan) -> None:
             chosen, absent = runnable(groups[number].arms, lane.has_gpu)
             bench = Bench(chosen, plan, lane, say, watch.throttled)
-            for each in bench.measure(cases):
-                found[each.case] = each
+            try:
+                found.update((each.case, each) for each in bench.measure(cases))
+            except CannotRunError as error:
+                say(str(error))
+                problems.append(error)
             states.update(bench.states)
             missing.extend(each for each in absent + bench.lost if each not in missing)
 
@@ -259,6 +263,8 @@ def evidence(
 
         for number, group in enumerate(groups):
             measure(number, group.cases, plan)
+        if not found:
+            raise problems[0]
         first = [
             each for each in said()["vllm_ext"]["comparisons"] if each["arm"] != CONTROL
         ]
@@ -343,10 +349,9 @@ class Bench:
         states = [each for each in self.states[name] if each["state"] != OFF]
         if not states or any(each["state"] in (APPLIED, IN_USE) for each in states):
             return
+        one = states[0]
         for each in found:
-            _refuse(
-                each, name, f"its patch is {states[0]['state']}: {states[0]['reason']}"
-            )
+            _refuse(each, name, f"{one['name']} is {one['state']}: {one['reason']}")
 
     # -- engines ----------------------------------------------------------------------
 
@@ -607,7 +612,12 @@ def assembled(
     command: Sequence[str],
 ) -> dict[str, Any]:
     """The result file; see `evidence`."""
-    pairs = [(found[case], group.arms) for group in groups for case in group.cases]
+    pairs = [
+        (found[case], group.arms)
+        for group in groups
+        for case in group.cases
+        if case in found
+    ]
     said = results.document(
         kind,
         [
