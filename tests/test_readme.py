@@ -63,8 +63,9 @@ def test_only_our_own_variables_are_invented():
     assert all(name.startswith("VEXT") for name in settings.VARIABLES)
     text = "".join(path.read_text() for path in (ROOT / "vllm_ext").rglob("*.py"))
     used = set(re.findall(r"\bVEXT_[A-Z_]+\b", text))
-    # What a parent tells its own child, and the CPU lane's switch.
-    assert used <= {*settings.VARIABLES, "VEXT_REPLY_FD", "VEXT_CPULANE"}
+    # What a parent tells its own child, the CPU lane's switch, and of which commit a
+    # copy without its history is.
+    assert used <= {*settings.VARIABLES, "VEXT_REPLY_FD", "VEXT_CPULANE", "VEXT_COMMIT"}
 
 
 # -- figures -------------------------------------------------------------------------
