@@ -341,8 +341,8 @@ def test_engines_that_do_not_fit_are_one_line(monkeypatch):
 
 
 def test_a_profile_is_reduced_to_a_step():
-    def call(name, category="cuda_runtime"):
-        return {"cat": category, "name": name, "ts": 0, "dur": 1}
+    def call(name, category="cuda_runtime", at=5):
+        return {"cat": category, "name": name, "ts": at, "dur": 1}
 
     def work(start, length, category="kernel"):
         return {"cat": category, "name": "k", "ts": start, "dur": length}
@@ -350,7 +350,9 @@ def test_a_profile_is_reduced_to_a_step():
     two_steps = [
         *(call("cudaLaunchKernel"), call("cuLaunchKernelEx", "cuda_driver")),
         *(call("cudaGraphLaunch"), call("cudaMemcpyAsync"), call("cudaMemsetAsync")),
-        *(call("cudaEventSynchronize"), call("cudaDeviceSynchronize")),
+        *(call("cudaEventSynchronize"), call("cudaDeviceSynchronize", at=101)),
+        *(call(enginerun.STEPS, "gpu_user_annotation"), call("aten::copy_", "cpu_op")),
+        {"cat": "user_annotation", "name": enginerun.STEPS, "ts": 0, "dur": 100},
         # 10 to 30 and 20 to 40 at once, 35 to 38 within, 60 to 65 alone
         *(work(20, 20), work(10, 20), work(35, 3, "gpu_memcpy")),
         *(work(60, 5, "gpu_memset"), {"ph": "M", "name": "process_name"}),
@@ -358,7 +360,7 @@ def test_a_profile_is_reduced_to_a_step():
     assert enginerun.reduced(two_steps, 2) == {
         "steps": 2,
         "submissions": {"graph": 0.5, "launch": 1, "copy": 0.5, "memset": 0.5},
-        "waits": 0.5,  # the last one is the profiler's own
+        "waits": 0.5,  # the one after the steps is ours
         "busy_us": 17.5,
         "why": "",
     }
@@ -459,7 +461,7 @@ def test_unknown_names_and_numbers_are_wrong_usage(arguments, message, capsys):
 def test_real_engines_on_the_cpu(tmp_path, capsys):
     path = tmp_path / "engine.json"
     args = parse("--batch", "2", "--rate", "40", "--requests", "3", "--sampling", "S4")
-    args.json, args.blocks, args.control, args.output = path, 2, False, 4
+    args.json, args.blocks, args.boots, args.control, args.output = path, 2, 1, False, 4
     assert engine.run(args) == 0
     result = json.loads(path.read_text())
     ours = result["vllm_ext"]

@@ -244,7 +244,7 @@ def test_arms_that_are_none_are_wrong_usage(capsys):
 def test_the_old_penalties_run_in_a_real_engine(tmp_path, capsys):
     path = tmp_path / "linkedin.json"
     arguments = ("--arms", "B2w", "--no-control", "--batch", "2", "--output", "4")
-    args = parse(*arguments, "--blocks", "2", "--json", str(path))
+    args = parse(*arguments, "--blocks", "2", "--boots", "1", "--json", str(path))
     assert linkedin.run(args) == 0
     result = json.loads(path.read_text())
     ours = result["vllm_ext"]

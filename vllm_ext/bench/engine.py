@@ -89,9 +89,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boots",
         type=_positive,
+        default=2,
         metavar="N",
         help="boots of the engines over which the blocks are spread; as many as "
-        "blocks makes every block a fresh process (default: 1; on a GPU 2)",
+        "blocks makes every block a fresh process (default: %(default)s)",
     )
     parser.add_argument(
         "--control",
@@ -221,8 +222,7 @@ def plan_of(
     blocks: int = args.blocks or max(BLOCKS, needed)
     if blocks < needed:
         say(f"{blocks} blocks decide nothing here, where it takes {needed} or more")
-    boots: int = args.boots or (2 if has_gpu else 1)
-    return Plan(blocks, min(boots, blocks), args.seed)
+    return Plan(blocks, min(args.boots, blocks), args.seed)
 
 
 def table(result: Mapping[str, Any]) -> str:

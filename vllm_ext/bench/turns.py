@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -313,10 +313,9 @@ class Bench:
         self._throttled = throttled
         self.lost: list[dict[str, str]] = []
         self.states: dict[str, list[dict[str, Any]]] = {}
-        self._started = time.monotonic()
         self._last_said = 0.0
-        self._done = 0
-        self._ahead = 0
+        self._done = self._ahead = self._boots_ahead = 0  # blocks, blocks, boots
+        self._block_seconds = self._boot_seconds = 0.0  # of all done, of the last
 
     def measure(self, cases: Sequence[Case]) -> list[Measured]:
         """What was found, by case, in the order given."""
@@ -327,14 +326,21 @@ class Bench:
             case: order([*self._arms], self._plan.blocks, self._plan.seed + number)
             for number, case in enumerate(cases)
         }
+        chunks = [
+            range(*(round(self._plan.blocks * at / self._plan.boots) for at in edges))
+            for edges in pairwise(range(self._plan.boots + 1))
+        ]
+        self._boots_ahead = len(by_model) * self._plan.boots
         for model in by_model:
             mine = [case for case in cases if case.model == model]
-            for boot in range(self._plan.boots):
+            for boot, numbers in enumerate(chunks):
                 with ExitStack() as stack:
+                    started = time.monotonic()
                     engines = self._boot(stack, model, mine, boot)
+                    self._boot_seconds = time.monotonic() - started
+                    self._boots_ahead -= 1
                     for number, case in enumerate(cases, 1):
                         if case.model == model:
-                            numbers = range(boot, self._plan.blocks, self._plan.boots)
                             title = f"case {number} of {len(cases)}: {case.name}"
                             self._case(
                                 engines, found[case], orders[case], numbers, title
@@ -445,10 +451,12 @@ class Bench:
                 del details[name]
             found.traces = self._ask(engines, found, [*engines], "trace", details)
         for number in numbers:
+            started = time.monotonic()
             what, details = _question(case, self._plan.seed + number)
             taken = self._ask(engines, found, orders[number], what, details)
             self._ahead -= 1
             self._done += 1
+            self._block_seconds += time.monotonic() - started
             if time.monotonic() - self._last_said > SAYS_EVERY:
                 place = f"block {number + 1} of {self._plan.blocks}"
                 self._say(f"{title}, {place}{self._left()}")
@@ -507,15 +515,15 @@ class Bench:
             self._say(f"{found.case.name}: {name} gives {found.refused[name]}")
 
     def _left(self) -> str:
+        """How long it will go on, if it goes on as it did; empty before it can tell."""
         self._last_said = time.monotonic()
         if not self._done:
             return ""
-        seconds = (self._last_said - self._started) / self._done * self._ahead
-        return (
-            f", about {seconds / 60:.0f} min left"
-            if seconds > 90
-            else (f", about {seconds:.0f} s left")
-        )
+        seconds = self._block_seconds / self._done * self._ahead
+        seconds += self._boot_seconds * self._boots_ahead
+        if seconds > 90:
+            return f", about {seconds / 60:.0f} min left"
+        return f", about {seconds:.0f} s left"
 
 
 def _refuse(found: Measured, name: str, why: str) -> None:
