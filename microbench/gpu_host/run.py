@@ -289,8 +289,8 @@ class Runner:
         with tempfile.TemporaryDirectory(prefix="vllm-ext-stage-") as folder:
             file, log = Path(folder) / "result", Path(folder) / "log"
             earlier = done.get(task.name, {}).get("result")
-            if earlier is not None and task.reads == "file":
-                file.write_text(json.dumps(earlier))  # it goes on from there
+            if earlier is not None and task.resumes:
+                file.write_text(json.dumps(earlier))
             known = self._result_files() if task.kept else {}
             entry: Json = {"status": "running", "limit_s": round(limit)}
             done[task.name] = entry
@@ -306,19 +306,21 @@ class Runner:
                     stderr=apart if task.reads == "stdout" else output,
                     start_new_session=True,
                 )
+                family = Family(process.pid)
                 try:
                     seen = None
                     while time.monotonic() - started < limit:
                         with suppress(subprocess.TimeoutExpired):
                             process.wait(POLL_S)
                             break
+                        family.look()
                         stamp = file.stat().st_mtime_ns if file.exists() else None
                         if stamp != seen:
                             seen = stamp
                             entry |= _found(task, file, log)
                             self._keep(stage, {"tasks": done})
                 finally:
-                    stopped = _end(process)
+                    stopped = _end(process, family)
             entry |= _found(task, file, log)
             entry["seconds"] = round(time.monotonic() - started, 1)
             entry["exit"] = process.returncode
@@ -326,7 +328,7 @@ class Runner:
             if stopped:
                 entry["status"] = STOPPED
                 entry["reason"] = f"stopped at its limit of {limit:.0f} s"
-            elif process.returncode in task.fine:
+            elif process.returncode in task.fine and "result" in entry:
                 entry["status"] = COMPLETE
             else:
                 entry["status"] = FAILED
@@ -454,19 +456,63 @@ class Runner:
         sys.stdout.flush()
 
 
-def _end(process: "subprocess.Popen[bytes]") -> bool:
+class Family:
+    """A process and all that it started, in whatever session they are.
+
+    An engine that outlived its benchmark would hold the GPU that the next one needs.
+
+    Args:
+        pid: Of the first.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._born: dict[int, str] = {}  # when, by number: numbers are used again
+        self._pid = pid
+
+    def look(self) -> None:
+        """Take note of those that are there now."""
+        parents: dict[int, tuple[int, str]] = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                parents[int(path.parent.name)] = (int(fields[1]), fields[19])
+        known = {self._pid, *self._born}
+        found = True
+        while found:
+            found = False
+            for pid, (parent, born) in parents.items():
+                if parent in known and pid not in known:
+                    self._born[pid] = born
+                    known.add(pid)
+                    found = True
+
+    def kill(self) -> None:
+        """End those that are still there."""
+        for pid, born in self._born.items():
+            with suppress(OSError):
+                fields = (
+                    Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                )
+                if fields[19] == born:
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _end(process: "subprocess.Popen[bytes]", family: Family) -> bool:
     """End a command with all that it started; whether it still ran.
 
     It is asked first, as Ctrl-C would, so that it can write what it has.
     """
     running = process.poll() is None
+    family.look()
     if running:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
+        family.look()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    family.kill()
     return running
 
 
@@ -515,6 +561,8 @@ def junit(text: str) -> Json:
 
 
 def _reason(status: int, text: str) -> str:
+    if status == 0:
+        return "it ended well but left no result"
     if status < 0:
         return f"ended by {signal.Signals(-status).name}"
     return f"exit status {status}: {_last_line(text) or 'it said nothing'}"

@@ -79,6 +79,7 @@ def test_what_was_packed_comes_out(tree: Path, out: Path, tmp_path: Path):
     assert bundle.damaged(tmp_path / "new") == []
     assert manifest.about == ABOUT
     assert (manifest.files, manifest.bytes) == (5, 13020)
+    assert not (tmp_path / "new.partial").exists()
     assert Manifest.read(tmp_path / "new") == manifest
 
 
@@ -212,6 +213,28 @@ def test_a_tree_that_was_damaged_later_is_found(out: Path, tmp_path: Path, what:
 def test_a_name_that_leaves_the_tree_is_refused(name: str):
     with pytest.raises(ValueError, match="no entry"):
         bundle.listed(f"{'0' * 64}  {name}\n")
+
+
+def test_a_file_that_changed_while_it_was_packed_is_found(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Listed with one content, packed with another."""
+    listed = bundle._sha256
+
+    def slow(path: Path) -> str:
+        before = listed(path)
+        if path.name == "d":
+            path.write_bytes(b"later" * 800)
+        return before
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle, "_sha256", slow)
+        packed(tree, tmp_path / "out")
+    bundle.collect(folders(tmp_path / "out"), tmp_path / "store", said_nothing)
+    with pytest.raises(BundleError, match="d is not what was listed"):
+        bundle.unpack(tmp_path / "store", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new.partial").exists()
 
 
 def test_the_listing_is_checked_against_the_manifest(out: Path, tmp_path: Path):

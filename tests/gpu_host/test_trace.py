@@ -47,11 +47,12 @@ def one_step(at: float, number: int) -> list[dict[str, Any]]:
         event("cuda_runtime", "cudaFuncGetAttributes", at + 47, 1),
         event("cuda_runtime", "cudaEventSynchronize", at + 70, 15, tid=COPIER),
         # Copy, 10 us of nothing, two kernels of the graph that overlap by 5, 25 us of
-        # nothing, and one that ends where the next step's begins on the host.
+        # nothing, and one that goes on while the host is in the next step.
         event("gpu_memcpy", "Memcpy HtoD", at + 30, 10, tid=7, correlation=first),
         event("kernel", "gemm", at + 50, 20, tid=7, correlation=first + 1),
         event("kernel", "norm", at + 65, 10, tid=8, correlation=first + 1),
-        event("kernel", "argmax", at + 100, 20, tid=7, correlation=first + 2),
+        event("kernel", "argmax", at + 95, 20, tid=7, correlation=first + 2),
+        mark(f"{MARK}elsewhere", at + 60, 30, tid=COPIER),
         event("gpu_user_annotation", STEP, at + 30, 70, tid=7),
         {"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": at + 20, "id": first},
     ]
@@ -110,19 +111,19 @@ def test_the_gpu_is_busy_where_anything_runs_and_gaps_have_a_place():
     assert gpu["busy_share"] == pytest.approx(0.55)
     assert gpu["idle_us"] == pytest.approx(45)
     gaps = gpu["gaps"]
-    assert gaps["largest_us"] == 25
-    places = {(each["after"], each["before"]): each for each in gaps["places"]}
-    assert places["Memcpy HtoD", "gemm"] == {
-        **{"after": "Memcpy HtoD", "before": "gemm"},
-        **{"per_step": 1, "us": 10},
+    assert gaps["largest_us"] == 20
+    assert (gaps["per_step"], gaps["us"]) == (3, 45)
+    assert gaps["places"][0] == {
+        **{"after": "norm", "before": "argmax"},
+        **{"per_step": 1, "us": 20},
     }
-    # A gap at the edge of the window has only one neighbour, and is idle time alone.
-    assert places["norm", "argmax"]["per_step"] == 0.75
-    assert places["argmax", "Memcpy HtoD"]["us"] == 10
+    places = {(each["after"], each["before"]): each["us"] for each in gaps["places"]}
+    assert places["Memcpy HtoD", "gemm"] == 10
+    assert places["argmax", "Memcpy HtoD"] == 15
 
 
 def test_kernels_belong_to_the_step_that_launched_them():
-    """``argmax`` runs in the next step, and the last one after the window."""
+    """``argmax`` ends in the next step, the last one after the last step."""
     found = rows(table(made_up(5)))
     assert {name: row["per_step"] for name, row in found.items()} == {
         "gemm": 1,
