@@ -16,8 +16,8 @@ row             reads                                writes and reads back
 =============== ==================================== ================================
 greedy          ``V * itemsize``                     12 per program
 temperature     ``V * itemsize``                     12 per program
-min-p           and once more each tile that is in   16 per tile
-                doubt, about one in fifty
+min-p           and a tile once more if in doubt,    16 per tile
+                which is rare
 + penalties     ``V / 4`` more, and 4 for each
                 token that was generated
 + bias, minimum ``V / 8`` more, and 10 for each
@@ -415,7 +415,7 @@ def _tile(
         output = _bits(output_bits_ptr, start, vocab_size, BLOCK)
         counts = tl.load(counts_ptr + ids, mask=output & (ids < vocab_size), other=0)
         x = _penalized(x, prompt | output, counts, params_ptr)
-    return tl.where(x == x, x, _NEVER)
+    return x
 
 
 @triton.jit
@@ -439,7 +439,7 @@ def _listed(at, row_ptr, flags, params_ptr, planes, stops):
         counts = tl.load(counts_ptr + ids, mask=inside, other=0)
         prompt = ((word >> (ids & 31)) & 1) != 0
         x = _penalized(x, prompt | (counts > 0), counts, params_ptr)
-    return tl.where(inside & (x == x), x, _NEVER), ids
+    return tl.where(inside, x, _NEVER), ids
 
 
 @triton.jit
@@ -573,7 +573,7 @@ def _sample_kernel(
         x = ahead
         ahead = _octets(row_ptr, ids + TILE, end)
         x = _tile(tile * TILE, x, row_ptr, vocab_size, flags, params_ptr, planes, TILE)
-        top = tl.max(x, axis=0)
+        top = tl.max(x, axis=0)  # NaN is dropped, here and wherever scores are compared
         score = tl.full((), _NEVER, tl.float32)
         winner = tl.full((), _NOWHERE, tl.int32)
         its_value = tl.full((), _NEVER, tl.float32)

@@ -7,50 +7,24 @@ import dataclasses
 import pytest
 import torch
 from closeness import assert_drawn_from
-from sampling_batch import Request, ours, stock_tokens
+from sampling_batch import (
+    INF,
+    KINDS,
+    TILE,
+    WIDTH,
+    Request,
+    every_kind,
+    logits_of,
+    ours,
+    reference,
+    run,
+    stock_tokens,
+)
 
 from vllm_ext.kernels import sample as module
 
-TILE = 64  # small, so that a few hundred tokens have every kind of edge
 EDGES = [1, 7, 8, 17, TILE - 1, TILE, TILE + 1, 3 * TILE - 8, 5 * TILE + 9]
-WIDTH = 5 * TILE + 9
-INF, NAN = float("inf"), float("nan")
-
-
-def run(logits, batch, fenced, *, seats=None, positions=None, rows=None, **options):
-    """Tokens of a launch on ``logits``; seats and positions as they come."""
-    device = logits.device
-    options = {"tile": TILE, "programs": 3 * len(logits), **options}
-    if seats is None:
-        seats = torch.arange(len(logits), dtype=torch.int32)
-    if positions is None:
-        positions = torch.arange(len(logits)) * 5 + 3
-    return module.sample(
-        logits,
-        torch.tensor([len(logits) if rows is None else rows], dtype=torch.int32).to(
-            device
-        ),
-        ours(module, batch, logits.shape[1], device),
-        seats.to(device),
-        positions.to(device),
-        torch.arange(len(logits)).to(device),
-        fenced(len(logits)),
-        module.make_scratch(len(logits), logits.shape[1], device, **options),
-    )
-
-
-def reference(logits, batch, fenced, *, seats=None, positions=None):
-    device = logits.device
-    each = torch.arange(len(logits), device=device)
-    return module.sample_reference(
-        logits,
-        torch.tensor([len(logits)], device=device),
-        ours(module, batch, logits.shape[1], device),
-        each if seats is None else seats.to(device),
-        each * 5 + 3 if positions is None else positions.to(device),
-        each,
-        fenced(len(logits)),
-    )
+NAN = float("nan")
 
 
 def stock_of(stock, logits, batch):
@@ -58,80 +32,6 @@ def stock_of(stock, logits, batch):
     return stock_tokens(stock, logits, batch, each, each * 5 + 3)
 
 
-def every_kind(vocab_size: int) -> list[Request]:
-    """Requests with each feature, alone and with others, in one batch."""
-    some = [t % vocab_size for t in (0, 3, 64, 65, 130, vocab_size - 1, 3)]
-    few = list(dict.fromkeys(some))
-    half = range(0, vocab_size, 2)
-    bias = {t: 4.0 - 1.5 * i for i, t in enumerate(few)}
-    heavy = {"repetition_penalty": 10.0, "prompt": half, "output": some}
-    light = {"repetition_penalty": 0.01, "prompt": some[:3], "output": some[2:]}
-    return [
-        Request(),
-        Request(temperature=1.0, seed=1),
-        Request(temperature=0.7, seed=-(2**63)),
-        Request(temperature=0.8, seed=2**63 - 1, min_p=0.1),
-        Request(temperature=1.0, seed=5, min_p=1.0),
-        Request(**heavy),
-        Request(temperature=0.9, seed=6, **light),
-        Request(frequency_penalty=0.5, presence_penalty=-0.7, output=some * 3),
-        Request(temperature=0.6, seed=7, min_p=0.3, presence_penalty=2.0, **heavy),
-        Request(logit_bias=bias),
-        Request(temperature=1.2, seed=8, logit_bias=bias, min_p=0.05),
-        Request(temperature=1.1, seed=9, allowed_token_ids=few),
-        Request(allowed_token_ids=few, logit_bias=bias, stop_token_ids=few[:1]),
-        Request(temperature=1.5, seed=10, stop_token_ids=few, min_length=1000),
-        Request(stop_token_ids=few, min_length=1000, logit_bias=bias, **light),
-        Request(temperature=1.5, seed=11, stop_token_ids=few, min_length=5),
-        Request(temperature=0.5, min_p=0.2, allowed_token_ids=few, **light),
-        Request(temperature=2.0, seed=12, min_p=1e-6, stop_token_ids=few),
-    ]
-
-
-def logits_of(kind: str, rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
-    """Random and adversarial logits, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, vocab_size, generator=generator)
-    each = torch.arange(rows)
-    if kind == "one stands out":
-        x[each, torch.randint(vocab_size, (rows,), generator=generator)] += 12
-    elif kind == "ties":
-        x = (x * 2).round()
-    elif kind == "nearly flat":
-        x *= 0.05
-    elif kind == "all equal":
-        x = torch.full_like(x, 1.5)
-    elif kind == "all but a few masked":
-        x[torch.rand(rows, vocab_size, generator=generator) < 0.97] = -INF
-    elif kind == "all but one masked":
-        x = torch.full_like(x, -INF)
-        x[each, each * 31 % vocab_size] = -3.0
-    elif kind == "all masked":
-        x = torch.full_like(x, -INF)
-    elif kind == "large":
-        x *= 3000
-    elif kind == "largest":
-        x = x.sign() * 3.0e38
-    elif kind == "infinite":
-        x[each, (each * 17 + 5) % vocab_size] = INF
-        x[each, each % vocab_size] = INF
-    elif kind == "denormal":
-        x *= 1e-40
-    elif kind == "ascending":
-        x = x.sort(dim=1).values
-    elif kind == "descending":
-        x = x.sort(dim=1, descending=True).values
-    else:
-        assert kind == "normal"
-        x *= 2.5
-    return x
-
-
-KINDS = [
-    *("normal", "one stands out", "ties", "nearly flat", "all equal"),
-    *("all but a few masked", "all but one masked", "all masked", "large", "largest"),
-    *("infinite", "denormal", "ascending", "descending"),
-]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -188,6 +88,27 @@ def test_what_is_skipped_could_not_have_won(kind, device, fenced):
     assert tokens.tolist() == reference(logits, batch, fenced).tolist()
 
 
+def test_a_winner_from_the_far_tail(device, fenced):
+    """Noise of 19.6 lifts a token that is 19.6 below the best so far, just enough.
+
+    Among 10**8 draws this is the largest; no random row would have it decide.
+    """
+    token, position = 434, 34000
+    noise = module.gumbel_reference(0, position, torch.tensor([0, token]))
+    assert noise[1] > 19.57
+    logits = torch.full((2, 10 * TILE), -50.0)
+    logits[:, 0] = 30.0
+    logits[0, token] = 30.0 + noise[0] - noise[1] + 0.001
+    logits[1, token] = 30.0 + noise[0] - noise[1] - 0.001
+    tokens = run(
+        *(logits.to(device), [Request(1.0, 0)], fenced),
+        seats=torch.zeros(2, dtype=torch.int32),
+        positions=torch.tensor([position] * 2),
+        programs=1,
+    )
+    assert tokens.tolist() == [token, 0]
+
+
 def test_the_tile_that_serving_uses(device, fenced, stock):
     """And vocabularies that cross its edges."""
     for vocab_size in (1024, 1025, 3079):
@@ -217,6 +138,7 @@ def test_noise_is_stocks(device, stock):
 
 
 @pytest.mark.parametrize("request_kind", [{}, {"temperature": 0.9, "min_p": 0.01}])
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
 def test_nan_never_wins(request_kind, device, fenced):
     logits = logits_of("normal", 4, WIDTH).to(device)
     logits[0, ::3] = NAN
@@ -308,15 +230,15 @@ def test_batches(rows, device, fenced):
 
 
 def test_rows_beyond_two_to_the_31(device, fenced):
-    """A stride so wide that offsets of 32 bits would wrap around.
+    """Rows so far apart that offsets of 32 bits would wrap around.
 
     The memory is reserved, and only what is touched exists.
     """
-    stride = 2**31 + 24
-    storage = torch.empty(2 * stride, dtype=torch.bfloat16, device=device)
-    logits = storage.as_strided((2, 100), (stride, 1))
-    logits.copy_(logits_of("normal", 2, 100))
-    batch = [Request(), Request(1.0, 4)]
+    stride = 2**30 + 24
+    storage = torch.empty(3 * stride, dtype=torch.bfloat16, device=device)
+    logits = storage.as_strided((3, 100), (stride, 1))
+    logits.copy_(logits_of("normal", 3, 100))
+    batch = [Request(), Request(1.0, 4), Request(1.0, 5)]
     tokens = run(logits, batch, fenced)
     assert tokens.tolist() == reference(logits, batch, fenced).tolist()
 

@@ -1,0 +1,151 @@
+"""What ``sample`` does to memory, how much of it, and what it asks of the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from sampling_batch import WIDTH, Request, every_kind, logits_of, ours, run
+
+from vllm_ext.kernels import sample as module
+from vllm_ext.prove.sanitizer import Sanitizer
+from vllm_ext_cpulane.engine import run_script
+from vllm_ext_cpulane.environment import lane_environment
+
+SCRIPT = Path(__file__).with_name("sample_script.py")
+
+
+@pytest.mark.parametrize("programs", [1, 60, 10_000])
+def test_touches_only_what_it_may_and_in_any_order(programs, interpreter, fenced):
+    """Every kind of request, rows of no request among them."""
+    batch = every_kind(WIDTH)
+    rows = len(batch) + 2
+    seats = torch.tensor([*range(len(batch)), -1, 2**30], dtype=torch.int32)
+    logits = logits_of("normal", rows, WIDTH + 3).bfloat16()[:, :WIDTH]
+    with Sanitizer() as sanitizer:
+        run(logits, batch, fenced, seats=seats, rows=rows - 1, programs=programs)
+    sanitizer.check()
+    assert sanitizer.kernels["_sample_kernel"].launches == 1
+    if programs > rows:
+        assert sanitizer.kernels["_sample_kernel"].reordered == 1
+
+
+@contextmanager
+def bytes_moved() -> Iterator[Counter[str]]:
+    """Bytes that lanes load, store and change atomically, by kind of access."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    moved: Counter[str] = Counter()
+
+    def lanes(mask, pointers):
+        mask = getattr(mask, "data", mask)
+        return int((mask & (pointers.data == pointers.data)).sum())
+
+    def load(self, pointers, mask, *rest, **named):
+        size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
+        moved["load"] += lanes(mask, pointers) * size
+        return stock["create_masked_load"](self, pointers, mask, *rest, **named)
+
+    def store(self, pointers, value, mask, *rest):
+        moved["store"] += lanes(mask, pointers) * value.data.itemsize
+        return stock["create_masked_store"](self, pointers, value, mask, *rest)
+
+    def atomic(self, op, pointers, value, mask, *how):
+        moved["atomic"] += 2 * lanes(mask, pointers) * value.data.itemsize
+        return stock["create_atomic_rmw"](self, op, pointers, value, mask, *how)
+
+    hooks = {
+        "create_masked_load": load,
+        "create_masked_store": store,
+        "create_atomic_rmw": atomic,
+    }
+    stock = {name: getattr(builder, name) for name in hooks}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, hook in hooks.items():
+            patch.setattr(builder, name, hook)
+        yield moved
+
+
+PENALIZED = {
+    "repetition_penalty": 1.1,
+    "prompt": range(0, 2000, 3),
+    "output": range(5000, 5300),
+}
+# How many times the bytes of one read of the logits a row may move.
+FLOORS = {
+    "greedy": (1.05, Request()),
+    "temperature": (1.05, Request(0.7, 1)),
+    "min-p": (1.05, Request(1.0, 2, min_p=0.1)),
+    "penalties": (1.25, Request(**PENALIZED)),
+    "penalties, temperature": (1.25, Request(0.7, 3, **PENALIZED)),
+    "bias": (1.25, Request(logit_bias=dict.fromkeys(range(40), 2.0))),
+    "allowed": (0.05, Request(1.0, 4, allowed_token_ids=range(40))),
+}
+
+
+@pytest.mark.parametrize("mode", FLOORS)
+@pytest.mark.parametrize("programs", [1, 10_000], ids=["one program", "all"])
+def test_bytes_of_a_row(mode, programs, interpreter, fenced):
+    """On random logits, where min-p has more to look at twice than on a model's."""
+    most, request = FLOORS[mode]
+    vocab_size = 32_000
+    logits = logits_of("normal", 1, vocab_size).bfloat16()
+    with bytes_moved() as moved:
+        run(logits, [request], fenced, tile=module.TILE, programs=programs)
+    ratio = moved.total() / (vocab_size * logits.itemsize)
+    print(f"{mode}, {programs} programs: {ratio:.3f} of one read, {dict(moved)}")
+    assert ratio <= most
+    if mode != "allowed":
+        assert moved["load"] >= vocab_size * logits.itemsize
+
+
+@pytest.fixture(scope="module")
+def on_the_pretend_device():
+    return run_script(SCRIPT, lane_environment("interpret"))
+
+
+def test_the_host_never_waits_and_launches_once(on_the_pretend_device, interpreter):
+    found = on_the_pretend_device
+    assert found["waits"] == []
+    assert {name: n for name, n in found["counts"].items() if n} == {"triton": 1}
+
+
+def test_a_graph_replays_it_with_other_requests(on_the_pretend_device, interpreter):
+    """Captured once; requests, rows, seats and logits are then changed in place."""
+    for replayed, expected in on_the_pretend_device["replays"]:
+        assert replayed == expected
+    assert on_the_pretend_device["differences"] == []
+    assert len({str(r) for r, _ in on_the_pretend_device["replays"]}) > 2
+
+
+def test_warm_launches_every_variant_of_serving(device, monkeypatch):
+    """Whatever the batch, its split and its strides: variants are types of logits."""
+    launched = []
+    kernel = module._sample_kernel
+
+    class Recording:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((args, options))
+
+    monkeypatch.setattr(module, "_sample_kernel", Recording())
+    module.warm(8, 3000, device)
+    warmed = {args[1].dtype: options for args, options in launched}
+    assert {*warmed} == {*module.DTYPES}
+    assert kernel is not module._sample_kernel
+    launched.clear()
+    batch = [Request()] * 8
+    for rows in (1, 3, 8):
+        logits = torch.zeros(rows, 3000, dtype=torch.bfloat16, device=device)
+        each = torch.arange(rows, dtype=torch.int32, device=device)
+        module.sample(
+            *(logits, each[:1], ours(module, batch, 3000, device), each, each.long()),
+            *(each, each.long(), module.make_scratch(8, 3000, device)),
+        )
+    assert len(launched) == 3
+    for _, options in launched:
+        assert options == warmed[torch.bfloat16]
