@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from vllm_ext.bench import arms, engine, enginerun, models, turns
+from vllm_ext.bench import arms, engine, enginerun, legacy, models, turns
 from vllm_ext.bench.arms import ALL, CONTROL, ENGINE, SAMPLING, STOCK, Arm
 from vllm_ext.bench.turns import Case, Group, Lane, Plan
 from vllm_ext.patches import SERIES
@@ -300,6 +302,24 @@ def test_an_engine_that_ends_loses_its_figures():
     assert "status 3" in result["vllm_ext"]["not_run"][0]["why"]
 
 
+def test_an_engine_that_ends_keeps_the_figures_it_has():
+    other = replace(CASE, batch=2)
+    # Of two boots: it ends in the second block of the second, in the first case.
+    ends = Arm("ends", "", {"fails_in": 8})
+    result, _ = measured(ends, blocks=14, boots=2, cases=[other, CASE])
+    rounds = {
+        (each["group"], each["params"]["arm"]): each["stats"]["rounds"]
+        for each in result["benchmarks"]
+    }
+    assert (other.name, "ends") not in rounds
+    assert rounds[CASE.name, "ends"] == 7
+    assert rounds[CASE.name, STOCK] == 14
+    [pairs] = [
+        each["n"] for each in result["vllm_ext"]["comparisons"] if each["arm"] == "ends"
+    ]
+    assert pairs == 7
+
+
 def test_without_stock_there_is_nothing_to_compare():
     broken = Arm(STOCK, "", {"boots": False}, against="")
     with pytest.raises(engine.CannotRunError, match="no such attention backend"):
@@ -337,7 +357,50 @@ def test_engines_that_do_not_fit_are_one_line(monkeypatch):
         measured(Arm("a", ""))
 
 
-# -- a profile of a GPU ------------------------------------------------------------
+# -- the child, where there is a GPU -----------------------------------------------
+
+
+def test_the_child_does_without_the_cpu_lane():
+    for module in (enginerun, arms, models, legacy):
+        assert "vllm_ext_cpulane" not in Path(module.__file__).read_text()
+
+
+def built(monkeypatch, has_gpu, **arguments):
+    """What the child gives ``vllm.LLM``."""
+    given = {}
+
+    class LLM:
+        llm_engine = None
+
+        def __init__(self, **options):
+            given.update(options)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    monkeypatch.setattr(enginerun.gpupath, "enable", lambda sizes: None)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    loop = enginerun.EngineLoop.__new__(enginerun.EngineLoop)
+    loop._model, loop._has_gpu = models.MODELS["qwen2.5-1.5b"], has_gpu
+    loop._build(arguments, seats=128, length=1100)
+    return given
+
+
+def test_on_a_gpu_an_engine_is_stocks_but_for_its_memory(monkeypatch):
+    given = built(monkeypatch, has_gpu=True, async_scheduling=False)
+    assert given.pop("model").endswith("qwen2.5-1.5b")
+    assert given.pop("kv_cache_memory_bytes") > 128 * 1100 * 28672
+    assert given == {
+        **{"load_format": "dummy", "skip_tokenizer_init": True, "seed": 0},
+        **{"max_model_len": 1100, "disable_log_stats": True},
+        **{"enable_prefix_caching": False, "gpu_memory_utilization": 0.05},
+        "async_scheduling": False,
+    }
+
+
+def test_on_a_cpu_nothing_is_compiled(monkeypatch):
+    given = built(monkeypatch, has_gpu=False)
+    assert given["enforce_eager"] is True
+    assert given["max_num_seqs"] == 128
+    assert "gpu_memory_utilization" not in given
 
 
 def test_a_profile_is_reduced_to_a_step():

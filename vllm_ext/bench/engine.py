@@ -235,7 +235,7 @@ def _lines(result: Mapping[str, Any]) -> Iterator[str]:
     label = ours["label"]
     yield f"{label}: every figure below is of that."
     if label.startswith("CPU"):
-        yield "It says nothing about the speed of a GPU."
+        yield "It says nothing about the speed of a GPU; host ms are with all kernels."
     yield from textwrap.wrap(hostbench.describe_machine(ours["machine"]), 79)
     yield from hostbench.busy(ours["load"], ours["machine"])
     if ours["watch"]["reason"]:

@@ -18,7 +18,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
@@ -113,7 +113,8 @@ class Measured:
 
     Attributes:
         case: The case.
-        blocks: By arm, what each block gave; those of one number belong together.
+        blocks: By arm and number, what each block gave; those of one number belong
+            together.
         traces: By arm, what a steady step hands to the device.
         refused: By arm, why it has no figures.
         agreement: By arm whose tokens need not be its partner's, the share that is.
@@ -122,7 +123,7 @@ class Measured:
     """
 
     case: Case
-    blocks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    blocks: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     traces: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
@@ -232,7 +233,8 @@ def evidence(
     Returns:
         A result, with a few more keys in its ``vllm_ext``: ``arms``, ``refused`` and
         ``not_run`` (which and why), ``rerun`` (names of cases), ``tokens_compared``,
-        ``dropped_blocks``, ``settings`` (vLLM's variables), ``load``, ``plan``.
+        ``dropped_blocks``, ``settings`` (vLLM's variables), ``load``, ``plan``,
+        ``engines`` (by arm, what vLLM made of it).
 
     Raises:
         CannotRunError: Nothing is left to compare.
@@ -242,27 +244,38 @@ def evidence(
     missing: list[dict[str, str]] = []
     problems: list[CannotRunError] = []
     states: dict[str, list[dict[str, Any]]] = {}
+    engines: dict[str, dict[str, Any]] = {}
+    every = [case for group in groups for case in group.cases]
+    titles = {
+        case: f"case {number} of {len(every)}: {case.name}"
+        for number, case in enumerate(every, 1)
+    }
+
+    def measure(group: Group, cases: Sequence[Case], plan: Plan, later: int) -> None:
+        chosen, absent = runnable(group.arms, lane.has_gpu)
+        bench = Bench(chosen, plan, lane, say, watch.throttled, titles, later)
+        try:
+            bench.measure(cases)
+            found.update(bench.found)
+        except CannotRunError as error:  # what was found before stands
+            say(str(error))
+            problems.append(error)
+            for case, each in bench.found.items():
+                if each.blocks:
+                    found.setdefault(case, each)
+        states.update(bench.states)
+        engines.update(bench.engines)
+        missing.extend(each for each in absent + bench.lost if each not in missing)
+
+    def said() -> dict[str, Any]:
+        summary = watch.summary()
+        return assembled(kind, groups, found, lane, summary, states, command)
+
     with Watch() as watch:
-        again: list[str] = []
-
-        def measure(number: int, cases: Sequence[Case], plan: Plan) -> None:
-            chosen, absent = runnable(groups[number].arms, lane.has_gpu)
-            bench = Bench(chosen, plan, lane, say, watch.throttled)
-            try:
-                found.update((each.case, each) for each in bench.measure(cases))
-            except CannotRunError as error:
-                say(str(error))
-                problems.append(error)
-            states.update(bench.states)
-            missing.extend(each for each in absent + bench.lost if each not in missing)
-
-        def said() -> dict[str, Any]:
-            return assembled(
-                kind, groups, found, lane, watch.summary(), states, command
-            )
-
-        for number, group in enumerate(groups):
-            measure(number, group.cases, plan)
+        ahead = len(every) * plan.blocks
+        for group in groups:
+            ahead -= len(group.cases) * plan.blocks
+            measure(group, group.cases, plan, ahead)
         if not found:
             raise problems[0]
         first = [
@@ -272,17 +285,17 @@ def evidence(
         undecided = {each["case"] for each in first if each["verdict"] == "UNDECIDED"}
         if more.blocks < pairs_needed(max(1, len(first))):
             undecided = set()  # nor would twice as many decide anything
-        for number, group in enumerate(groups):
+        if undecided:
+            say(f"{len(undecided)} undecided, so again with twice the blocks")
+        for group in groups:
             cases = [case for case in group.cases if case.name in undecided]
             if cases:
-                names = ", ".join(case.name for case in cases)
-                say(f"undecided, so again with twice the blocks: {names}")
-                measure(number, cases, more)
-                again += [case.name for case in cases]
+                measure(group, cases, more, 0)
     result = said()
     result["vllm_ext"] |= {
-        **{"not_run": missing, "rerun": again, "load": round(load, 1)},
+        **{"not_run": missing, "rerun": sorted(undecided), "load": round(load, 1)},
         "plan": {"blocks": plan.blocks, "boots": plan.boots, "seed": plan.seed},
+        "engines": engines,
     }
     return result
 
@@ -296,6 +309,14 @@ class Bench:
         lane: Where.
         say: Told what goes on.
         throttled: Whether what was measured between two moments must be dropped.
+        titles: What the cases are called while they run.
+        later: Blocks that others will run afterwards.
+
+    Attributes:
+        found: By case.
+        lost: Arms that could not be run, and why.
+        states: By arm, what became of each patch.
+        engines: By arm, what vLLM made of it.
     """
 
     def __init__(
@@ -305,59 +326,66 @@ class Bench:
         lane: Lane,
         say: Say,
         throttled: Callable[[float, float], bool],
+        titles: Mapping[Case, str],
+        later: int,
     ) -> None:
         self._arms = {arm.name: arm for arm in arms}
         self._plan = plan
         self._lane = lane
         self._say = say
         self._throttled = throttled
+        self._titles = titles
+        self.found: dict[Case, Measured] = {}
         self.lost: list[dict[str, str]] = []
         self.states: dict[str, list[dict[str, Any]]] = {}
+        self.engines: dict[str, dict[str, Any]] = {}
         self._last_said = 0.0
-        self._done = self._ahead = self._boots_ahead = 0  # blocks, blocks, boots
+        self._done, self._ahead, self._boots_ahead = 0, later, 0
         self._block_seconds = self._boot_seconds = 0.0  # of all done, of the last
 
-    def measure(self, cases: Sequence[Case]) -> list[Measured]:
-        """What was found, by case, in the order given."""
-        found = {case: Measured(case) for case in cases}
-        self._ahead = len(cases) * self._plan.blocks
-        by_model = dict.fromkeys(case.model for case in cases)
+    def measure(self, cases: Sequence[Case]) -> None:
+        """Run all blocks of all ``cases``.
+
+        Raises:
+            CannotRunError: What is left has nothing to be compared with.
+        """
+        self._ahead += len(cases) * self._plan.blocks
         orders = {
             case: order([*self._arms], self._plan.blocks, self._plan.seed + number)
             for number, case in enumerate(cases)
         }
-        chunks = [
-            range(*(round(self._plan.blocks * at / self._plan.boots) for at in edges))
-            for edges in pairwise(range(self._plan.boots + 1))
-        ]
-        self._boots_ahead = len(by_model) * self._plan.boots
-        for model in by_model:
-            mine = [case for case in cases if case.model == model]
-            for boot, numbers in enumerate(chunks):
+        boots = self._plan.boots
+        edges = [round(self._plan.blocks * boot / boots) for boot in range(boots + 1)]
+        by_model: dict[str, list[Case]] = {case.model: [] for case in cases}
+        for case in cases:
+            by_model[case.model].append(case)
+        self._boots_ahead = len(by_model) * boots
+        for model, mine in by_model.items():
+            for boot, edge in enumerate(pairwise(edges)):
                 with ExitStack() as stack:
                     started = time.monotonic()
                     engines = self._boot(stack, model, mine, boot)
                     self._boot_seconds = time.monotonic() - started
                     self._boots_ahead -= 1
-                    for number, case in enumerate(cases, 1):
-                        if case.model == model:
-                            title = f"case {number} of {len(cases)}: {case.name}"
-                            self._case(
-                                engines, found[case], orders[case], numbers, title
-                            )
+                    for case in mine:
+                        self._case(engines, case, orders[case], range(*edge))
                     for name, child in engines.items():
-                        self.states[name] = child.ask("patches")
-                        self._check_patches(name, [found[case] for case in mine])
-        return [found[case] for case in cases]
+                        with suppress(ChildError):
+                            self.states[name] = child.ask("patches")
+                            self._check_patches(name, mine)
 
-    def _check_patches(self, name: str, found: Sequence[Measured]) -> None:
+    def _check_patches(self, name: str, cases: Sequence[Case]) -> None:
         """Refuse the figures of an arm that ran without any of its patches."""
         states = [each for each in self.states[name] if each["state"] != OFF]
         if not states or any(each["state"] in (APPLIED, IN_USE) for each in states):
             return
         one = states[0]
-        for each in found:
-            _refuse(each, name, f"{one['name']} is {one['state']}: {one['reason']}")
+        for case in cases:
+            _refuse(
+                self.found[case],
+                name,
+                f"{one['name']} is {one['state']}: {one['reason']}",
+            )
 
     # -- engines ----------------------------------------------------------------------
 
@@ -393,6 +421,7 @@ class Bench:
             except ChildError as error:
                 self._lose(engines, arm.name, error.line)
                 continue
+            self.engines[arm.name] = made
             wrong = differs(arm, made)
             if wrong:
                 self._lose(engines, arm.name, wrong)
@@ -434,13 +463,13 @@ class Bench:
     def _case(
         self,
         engines: dict[str, Child],
-        found: Measured,
+        case: Case,
         orders: Sequence[Sequence[str]],
         numbers: Sequence[int],
-        title: str,
     ) -> None:
-        """Run the blocks with those ``numbers``; adds to ``found``."""
-        case = found.case
+        """Run the blocks with those ``numbers``; adds to what was found."""
+        found = self.found.setdefault(case, Measured(case))
+        title = self._titles[case]
         self._say(f"{title}{self._left()}")
         # What is compiled or allocated at first use is so before the clock runs.
         taken = self._ask(engines, found, [*engines], "closed", _closed(case, -1))
@@ -471,7 +500,7 @@ class Bench:
                 continue
             for name, each in taken.items():
                 if name not in found.refused:
-                    found.blocks.setdefault(name, []).append(each)
+                    found.blocks.setdefault(name, {})[number] = each
 
     def _ask(
         self,
@@ -665,7 +694,7 @@ def assembled(
 
 def entry(found: Measured, arm: Arm) -> dict[str, Any]:
     """The figures of an arm in a case; its timings are the TPOT of each block."""
-    case, blocks = found.case, found.blocks[arm.name]
+    case, blocks = found.case, [*found.blocks[arm.name].values()]
     seconds = [sample(each, "TPOT") for each in blocks]
 
     def pooled(what: str, at: float) -> float:
@@ -707,18 +736,25 @@ def entry(found: Measured, arm: Arm) -> dict[str, Any]:
 
 def comparisons(found: Measured, arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """Each arm against its partner, on each metric of the case."""
+
+    def samples(arm: Arm, metric: str) -> tuple[list[float], list[float]]:
+        """Those of an arm's partner and its own, of the blocks that both have."""
+        ours, theirs = (found.blocks.get(each, {}) for each in (arm.name, arm.against))
+        both = sorted(ours.keys() & theirs.keys())
+        return (
+            [sample(theirs[number], metric) for number in both],
+            [sample(ours[number], metric) for number in both],
+        )
+
     compared = []
+    control = next((arm for arm in arms if arm.name == CONTROL), None)
     for metric in found.case.metrics:
-        rows = {
-            name: [sample(each, metric) for each in blocks]
-            for name, blocks in found.blocks.items()
-        }
-        control = next((arm for arm in arms if arm.name == CONTROL), None)
         again = None
-        if control and rows.get(CONTROL) and rows.get(control.against):
-            again = paired_ratio(rows[control.against], rows[CONTROL])
+        if control and all(samples(control, metric)):
+            again = paired_ratio(*samples(control, metric))
         for arm in arms:
-            if rows.get(arm.name) and rows.get(arm.against):
+            before, after = samples(arm, metric)
+            if after:
                 compared.append(
                     results.comparison(
                         case=found.case.name,
@@ -726,8 +762,8 @@ def comparisons(found: Measured, arms: Sequence[Arm]) -> list[dict[str, Any]]:
                         unit="s",
                         arm=arm.name,
                         against=arm.against,
-                        arm_samples=rows[arm.name],
-                        against_samples=rows[arm.against],
+                        arm_samples=after,
+                        against_samples=before,
                         tolerance=tolerance(None if arm is control else again),
                     )
                 )
