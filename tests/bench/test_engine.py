@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -401,6 +402,86 @@ def test_on_a_cpu_nothing_is_compiled(monkeypatch):
     assert given["enforce_eager"] is True
     assert given["max_num_seqs"] == 128
     assert "gpu_memory_utilization" not in given
+
+
+class Clock:
+    """Stands in for the module `time`: work and sleep take no time."""
+
+    def __init__(self):
+        self.now = self.worked = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def thread_time(self):
+        return self.worked
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Slow:
+    """A client whose steps take 100 s and give each request a token, three in all."""
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.running = {}
+
+    def add_request(self, request):
+        self.running[request.request_id] = 3
+
+    def get_output(self):
+        self.clock.now += 100
+        self.clock.worked += 10 * len(self.running)
+        outputs = []
+        for name in [*self.running]:
+            self.running[name] -= 1
+            ends = None if self.running[name] else "length"
+            if ends:
+                del self.running[name]
+            outputs.append(
+                SimpleNamespace(request_id=name, new_token_ids=[7], finish_reason=ends)
+            )
+        return SimpleNamespace(outputs=outputs)
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(enginerun, "time", clock)
+    made = enginerun.EngineLoop.__new__(enginerun.EngineLoop)
+    made._client = Slow(clock)
+    made._drain = lambda: None
+    return made
+
+
+def test_times_are_counted_from_when_a_request_was_due(loop):
+    requests = [(SimpleNamespace(request_id=name), name != "b") for name in "abc"]
+    # The second is due in the middle of the first step, the third when all is done.
+    found = loop._run(requests, [0.0, 20.0, 550.0], every=1)
+    assert found["ttft"] == [100, 180, 100]  # 80 of 180 it waited for the step
+    assert found["tpot"] == [100, 100, 100]
+    assert found["itl"] == [100] * 6
+    assert (found["start"], found["end"], found["generated"]) == (0, 850, 9)
+    assert found["host"] == [10, 20, 20, 10, 10, 10, 10]
+    assert found["tokens"] == [[7, 7, 7], None, [7, 7, 7]]
+
+
+def test_host_time_of_a_closed_batch_is_of_full_steps(loop):
+    requests = [(SimpleNamespace(request_id=name), True) for name in "ab"]
+    assert loop._run(requests, [0.0, 150.0], every=2)["host"] == [20]
+
+
+def test_a_reproduction_that_was_never_called_says_so(monkeypatch):
+    monkeypatch.setattr(legacy, "CALLS", Counter())
+    [state] = enginerun.patches("boolean")
+    assert (state["state"], state["reason"]) == (
+        "waiting",
+        "the engine never called them",
+    )
+    legacy.CALLS["boolean"] += 1
+    [state] = enginerun.patches("boolean")
+    assert (state["state"], state["reason"]) == ("in use", "")
 
 
 def test_a_profile_is_reduced_to_a_step():
