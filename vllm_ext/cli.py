@@ -118,6 +118,11 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     if [*first] == ["prove"]:
         _load("prove.command", added)
 
+    text = "long runs: schedulers compared call by call, engines under churn"
+    added = commands.add_parser("soak", help=text, description=text)
+    if [*first] == ["soak"]:
+        _load("soak.command", added)
+
     added = command(
         "bisect", _bisect, "find the patch that makes a command fail: bisect -- CMD"
     )

@@ -1,1 +1,1 @@
-"""``vllm-ext soak``: long runs that look for what a short test cannot see."""
+"""``vllm-ext soak``: what only a long run shows of the scheduler's fast path."""

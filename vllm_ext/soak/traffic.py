@@ -23,6 +23,7 @@ class Setup:
         priority: Scheduling by priority instead of by arrival.
         second: For Model Runner V2, whose outputs carry less.
         reports: Record events of the prefix cache.
+        split: Rows from which the patch evaluates a step in two parts.
     """
 
     ahead: bool = True
@@ -38,6 +39,7 @@ class Setup:
     stats: bool = True
     finished_sets: bool = False
     chunk: int = 0
+    split: int = 1
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def random_traffic(seed: int, steps: int, mix: str | None = None) -> Traffic:
         "ahead": choose.random() < 0.6,
         "blocks": choose.choice((40, 64, 200)),
         "block_size": choose.choice((1, 4, 4, 16)),
-        "seats": choose.choice((2, 8, 16)),
+        "seats": choose.choice((2, 8, 16, 24)),
         "caching": choose.random() < 0.75,
         "priority": choose.random() < 0.4,
         "second": choose.random() < 0.7,
@@ -177,6 +179,7 @@ def random_traffic(seed: int, steps: int, mix: str | None = None) -> Traffic:
         "stats": choose.random() < 0.8,
         "finished_sets": choose.random() < 0.3,
         "longest": choose.choice((48, 96)),
+        "split": choose.choice((1, 1, 4)),
     }
     fields |= {name: choose.choice(options) for name, options in kind.setup.items()}
     setup = Setup(**fields)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from functools import cache, partial
 from itertools import zip_longest
 from types import MethodType
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -44,11 +45,16 @@ from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_ext.patches.scheduler_fast_path.replacement import (
-    steady_schedule,
-    steady_update,
+from vllm_ext.children import serve
+from vllm_ext.patches.scheduler_fast_path import replacement
+from vllm_ext.soak.traffic import (
+    VOCABULARY,
+    Arrival,
+    Setup,
+    Traffic,
+    random_traffic,
+    smallest,
 )
-from vllm_ext.soak.traffic import VOCABULARY, Arrival, Setup, Traffic
 
 QUEUES = ("waiting", "kv_holding_waiting")
 
@@ -66,6 +72,7 @@ class Seen:
     """What the traffic made the schedulers do, to judge whether it was worth it."""
 
     steps: int = 0
+    calls: int = 0  # after which everything was compared
     scheduled: int = 0  # calls that scheduled tokens
     fast: int = 0  # of these, by the patch
     updated: int = 0  # calls with tokens to evaluate
@@ -104,8 +111,8 @@ class Side:
         self.scheduler = _scheduler(setup)
         self.fast = Counter[str]()
         if patched:
-            self._patch("schedule", steady_schedule)
-            self._patch("update_from_output", steady_update)
+            self._patch("schedule", replacement.steady_schedule)
+            self._patch("update_from_output", replacement.steady_update)
         self.published = self.scheduler.kv_event_publisher = Publisher()
         self.in_flight: deque[tuple[Any, Plan]] = deque()
         self._alive: dict[str, Request] = {}
@@ -239,7 +246,11 @@ def run(traffic: Traffic, seen: Seen | None = None) -> Seen:
     Raises:
         DifferenceError: They do not do the same.
     """
-    seen = seen or Seen()
+    with mock.patch.object(replacement, "WORTH_A_SPLIT", traffic.setup.split):
+        return _run(traffic, seen or Seen())
+
+
+def _run(traffic: Traffic, seen: Seen) -> Seen:
     sides = Side(traffic.setup, patched=False), Side(traffic.setup, patched=True)
     stock, patched = sides
     depth = 2 if traffic.setup.ahead else 1
@@ -268,6 +279,7 @@ def run(traffic: Traffic, seen: Seen | None = None) -> Seen:
                 results.append(act(side))
             except Exception as error:
                 results.append(error)
+        seen.calls += 1
         left, right = results
         if isinstance(right, Exception):
             if isinstance(left, Exception) and str(left) == str(right):
@@ -340,6 +352,31 @@ def run(traffic: Traffic, seen: Seen | None = None) -> Seen:
     seen.events += stock.published.count
     seen.shapes.add((traffic.setup.ahead, traffic.setup.second, traffic.setup.caching))
     return seen
+
+
+def compare(first: int, count: int, steps: int) -> dict[str, Any]:
+    """Traffics of ``count`` seeds, one after another.
+
+    Returns:
+        The fields of `Seen`, and ``differs``: the first difference and the smallest
+        traffic that shows it, or ``None``.
+    """
+    seen = Seen()
+    for seed in range(first, first + count):
+        whole = random_traffic(seed, steps)
+        try:
+            run(whole, seen)
+        except DifferenceError:
+            small = smallest(whole, failing_step)
+            try:
+                run(small)
+            except DifferenceError as difference:
+                return _told(seen) | {"differs": f"seed {seed}: {difference}\n{small}"}
+    return _told(seen) | {"differs": None}
+
+
+def _told(seen: Seen) -> dict[str, Any]:
+    return {**vars(seen), "shapes": len(seen.shapes)}
 
 
 def failing_step(traffic: Traffic) -> int | None:
@@ -516,3 +553,7 @@ def _kv_cache(setup: Setup) -> KVCacheConfig:
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
     )
+
+
+if __name__ == "__main__":
+    serve({"compare": compare})
