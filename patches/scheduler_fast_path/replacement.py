@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""A scheduler step in which every running request decodes one token.
+"""Scheduling and evaluating requests that decode one token by what changes of them.
 
 Both wrappers look first and write afterwards. While they look nothing has changed, so
-a step that is not steady runs stock code from its beginning, with nothing to undo.
-What they look at is read anew in each step, but for what a `Row` keeps: facts that
-hold from one preemption of a request to the next, and bounds below which nothing can
-happen to it. A bound may be too low, as it is after a step of stock's; then the stock
-function is called that would have been called anyway, and finds nothing to do.
+what is not steady runs stock code from its beginning, with nothing to undo. What they
+look at is read anew in each step, but for what a `Row` keeps: facts that hold from one
+preemption of a request to the next, and bounds below which nothing can happen to it. A
+bound may be too low, as it is after a step of stock's; then the stock function is
+called that would have been called anyway, and finds nothing to do.
 
-Stock code does everything that is not a row's: of each step it schedules the rest, an
-empty one, and evaluates the rest, an empty output. So order, events, statistics and
-the fields of the result that have nothing to do with rows are stock's own.
+Stock code does everything that is not a row's: of a steady step it schedules the rest,
+an empty one, and of every step it evaluates the rest, which may be empty too. So
+order, events, statistics and the fields of a result that have nothing to do with rows
+are stock's own.
 
 Carries from vLLM's methods what they do to a row that decodes one token, and the two
 conditions under which a row is left out of a step.
 """
 
+import copy
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import vllm.envs as envs
@@ -32,12 +36,15 @@ from vllm.v1.core.sched.utils import remove_all
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_ext.patching.engine import step_aside
 
 NAME = "scheduler_fast_path"
 NEVER = sys.maxsize
+
+# Rows that save what it costs to evaluate a step in two parts.
+WORTH_A_SPLIT = 8
 
 NOTHING_SCHEDULED = SchedulerOutput.make_empty()
 
@@ -115,7 +122,8 @@ def steady_schedule(
     def schedule(self: Scheduler, throttle_prefills: bool = False) -> SchedulerOutput:
         step = _steady_step(self)
         if step is None:
-            return original(self, throttle_prefills)
+            with _asking_only_for_blocks(self):
+                return original(self, throttle_prefills)
 
         # Blocks before anything else, in the order of the rows: it decides which
         # block each is given, and the order of events.
@@ -149,6 +157,40 @@ def steady_schedule(
     return schedule
 
 
+@contextmanager
+def _asking_only_for_blocks(self: Scheduler) -> Iterator[None]:
+    """While stock goes through the rows: `allocate_slots` only for those it changes."""
+    if _kind(self).refused or not self.running:
+        yield
+        return
+    manager = self.kv_cache_manager
+    stock, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
+
+    def allocate_slots(request: Request, num_new_tokens: int, **how: Any) -> Any:
+        row = request.__dict__.get("_vext_row")
+        if (
+            row is None
+            or row.refused
+            or row.preemptions != request.num_preemptions
+            or num_new_tokens != 1
+        ):
+            return stock(request, num_new_tokens, **how)
+        if (
+            request.num_computed_tokens < row.room
+            and len(request._all_token_ids) < row.full
+        ):
+            return nothing
+        blocks = stock(request, num_new_tokens, **how)
+        row.learn(self, request)
+        return blocks
+
+    manager.allocate_slots = allocate_slots
+    try:
+        yield
+    finally:
+        del manager.allocate_slots
+
+
 class Step(NamedTuple):
     """What a steady step does, one entry per scheduled request.
 
@@ -173,9 +215,11 @@ def _steady_step(self: Scheduler) -> Step | None:
     if kind.refused:
         step_aside(NAME, kind.refused)
         return None
+    if not self.running:
+        self._vext_roster = None  # holds on to nobody
+        return None
     if (
-        not self.running
-        or self.waiting
+        self.waiting
         or self.kv_holding_waiting
         or self._inflight_prefills
         or self._pause_state != PauseState.UNPAUSED
@@ -268,9 +312,13 @@ def steady_update(
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
-        answers = _one_token_each(self, scheduler_output, model_runner_output)
-        if not answers:
+        if _kind(self).refused:
             return original(self, scheduler_output, model_runner_output)
+        answers, rest = _one_token_each(self, scheduler_output, model_runner_output)
+        if not answers or (rest and len(answers) < WORTH_A_SPLIT):
+            merged = original(self, scheduler_output, model_runner_output)
+            _remember(self, rest)
+            return merged
 
         outputs: dict[int, list[EngineCoreOutput]] = defaultdict(list)
         stopped: set[Request] = set()
@@ -298,22 +346,32 @@ def steady_update(
             outputs[request.client_index].append(output)
         if stopped:
             self.running = remove_all(self.running, stopped)
-        return _merged(outputs, original(self, NOTHING_SCHEDULED, model_runner_output))
+        left = NOTHING_SCHEDULED
+        if rest:
+            left = copy.copy(scheduler_output)
+            left.num_scheduled_tokens = rest
+            left.total_num_scheduled_tokens = sum(rest.values())
+        merged = _merged(outputs, original(self, left, model_runner_output))
+        _remember(self, rest)
+        return merged
 
     return update_from_output
 
 
 def _one_token_each(
     self: Scheduler, scheduled: SchedulerOutput, made: ModelRunnerOutput
-) -> list[tuple[Request, Row, int, list[int]]]:
-    """Requests, rows, indices and tokens of a step that gave each request one token.
+) -> tuple[list[tuple[Request, Row, int, list[int]]], dict[str, int]]:
+    """The rows of a step up to the first that needs more than one token appended.
 
-    Requests that are gone are left out. Empty if the step was of another kind.
+    Only up to there: blocks are freed and events recorded in the order of the rows.
+
+    Returns:
+        Requests, rows, indices and tokens, without the requests that are gone; and
+        what ``num_scheduled_tokens`` says of the others.
     """
     counts = scheduled.num_scheduled_tokens
     if (
-        scheduled.total_num_scheduled_tokens != len(counts)
-        or scheduled.scheduled_spec_decode_tokens
+        scheduled.scheduled_spec_decode_tokens
         or not made.sampled_token_ids
         or made.prompt_logprobs_dict
         or made.prompt_token_id_logprobs_dict
@@ -321,29 +379,55 @@ def _one_token_each(
         or made.num_nans_in_logits
         or made.kv_connector_output
         or made.ec_connector_output
-        or _kind(self).refused
     ):
-        return []
+        return [], counts
     answers = []
     indices, sampled = made.req_id_to_index, made.sampled_token_ids
     get = self.requests.get
-    for name in counts:
+    passed = 0
+    for name, count in counts.items():
         request = get(name)
-        if request is None:
-            continue
-        row = request.__dict__.get("_vext_row")
-        if row is None or row.refused or row.preemptions != request.num_preemptions:
-            return []
-        if not row.answered:
-            if request.prefill_stats is not None or request.events:
-                return []
-            row.answered = True
-        index = indices[name]
-        tokens = sampled[index]
-        if len(tokens) != 1:
-            return []
-        answers.append((request, row, index, tokens))
-    return answers
+        if request is not None:
+            row = request.__dict__.get("_vext_row")
+            if (
+                row is None
+                or count != 1
+                or row.refused
+                or row.preemptions != request.num_preemptions
+            ):
+                break
+            if not row.answered:
+                if (
+                    request.prefill_stats is not None
+                    or request.events
+                    or request.num_stale_output_tokens
+                ):
+                    break
+                row.answered = True
+            index = indices[name]
+            tokens = sampled[index]
+            if len(tokens) != 1:
+                break
+            answers.append((request, row, index, tokens))
+        passed += 1
+    if passed == len(counts):
+        return answers, {}
+    return answers, dict(islice(counts.items(), passed, None))
+
+
+def _remember(self: Scheduler, names: Iterable[str]) -> None:
+    """Have a row for each of these requests that still runs."""
+    for name in names:
+        request = self.requests.get(name)
+        if request is not None and request.status is RequestStatus.RUNNING:
+            _row(self, request)
+
+
+def _row(self: Scheduler, request: Request) -> Row:
+    row: Row | None = request.__dict__.get("_vext_row")
+    if row is None or row.preemptions != request.num_preemptions:
+        row = request._vext_row = Row(self, request)
+    return row
 
 
 def _append(self: Scheduler, request: Request, tokens: list[int]) -> EngineCoreOutput:
@@ -393,12 +477,7 @@ def _roster(self: Scheduler) -> Roster:
     kept: Roster | None = self.__dict__.get("_vext_roster")
     if kept is not None and kept.requests == self.running:
         return kept
-    rows = []
-    for request in self.running:
-        row = request.__dict__.get("_vext_row")
-        if row is None or row.preemptions != request.num_preemptions:
-            row = request._vext_row = Row(self, request)
-        rows.append(row)
+    rows = [_row(self, request) for request in self.running]
     roster = self._vext_roster = Roster(
         self.running.copy(),
         rows,

@@ -166,24 +166,8 @@ def found(most: int) -> dict[str, Any]:
     return looks
 
 
-def same(seeds: range) -> dict[str, Any]:
-    """What the schedulers were put through; the first difference, if there is one."""
-    seen = twins.Seen()
-    for seed in seeds:
-        whole = traffic.random_traffic(seed, STEPS)
-        try:
-            twins.run(whole, seen)
-        except twins.DifferenceError:
-            small = traffic.smallest(whole, twins.failing_step)
-            try:
-                twins.run(small)
-            except twins.DifferenceError as difference:
-                return {"differs": f"{difference}\n{small}"}
-    return {**vars(seen), "shapes": len(seen.shapes), "differs": None}
-
-
 if __name__ == "__main__":
     first, count, most = map(int, sys.argv[1:])
-    answer = {"vllm": vllm.__version__, "same": same(range(first, first + count))}
+    answer = {"vllm": vllm.__version__, "same": twins.compare(first, count, STEPS)}
     answer["planted"] = found(most) if most else {}
     report(json.loads(json.dumps(answer)))
