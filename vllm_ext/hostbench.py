@@ -24,8 +24,8 @@ from vllm_ext.children import Child, ChildError
 from vllm_ext.patches import SERIES
 from vllm_ext.stats import median, paired_ratio, quartiles
 
-BATCHES = (1, 8, 32, 128)
-MODES = ("greedy", "temperature", "filtered", "penalties", "logprobs")
+BATCHES = (1, 8, 32, 128, 256)
+MODES = ("greedy", "temperature", "filtered", "penalties", "logprobs", "turnover")
 BLOCKS = 40
 STEPS = 15
 COUNTED_STEPS = 16  # a block of the KV cache: each request is given one once
@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_modes,
         default=MODES,
         metavar="M,M",
-        help=f"sampling: any of {', '.join(MODES)} (default: all)",
+        help=f"sampling: any of {', '.join(MODES)} (default: all); the last is greedy,"
+        " with requests that come and end in every step",
     )
     parser.add_argument(
         "--blocks",

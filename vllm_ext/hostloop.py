@@ -5,7 +5,8 @@ metadata builder, CUDA-graph dispatch, and the whole launch path of Triton. Stub
 what `STUBBED` says. Runs on the CPU lane, in a process that serves questions:
 
 ``boot(cpu)``           build it, and stay on one CPU core from then on
-``start(batch, mode)``  have that many requests decode, every one of them in each step
+``start(batch, mode)``  have that many requests decode, every one of them in each step;
+                       in the mode ``turnover`` some come and some end in each step
 ``count(steps)``        submissions of a step
 ``time(settling, steps)``  microseconds of each step, by part
 ``patches()``           what became of each patch in this process
@@ -64,7 +65,10 @@ MODES: dict[str, dict[str, Any]] = {
         "frequency_penalty": 0.1,
     },
     "logprobs": {"temperature": 0.0, "logprobs": 5},
+    "turnover": {"temperature": 0.0},
 }
+TURNOVER = "turnover"  # never the same requests in two steps: greedy, short answers
+SHORT = 4  # tokens of such an answer
 
 
 def main() -> None:
@@ -117,11 +121,16 @@ class HostLoop:
         self._clocks: dict[str, list[float]] | None = None  # seconds, by part
         self._disturbed: list[bool] = []  # by step that is timed
         self._running: list[str] = []
+        self._params: Any = None
+        self._arrivals = 0  # before each step
+        self._arrived = 0
 
     # -- what is asked ----------------------------------------------------------------
 
     def start(self, batch: int, mode: str) -> None:
         """Let ``batch`` requests of one sampling ``mode`` be decoded, and nothing else.
+
+        With ``turnover`` about ``batch`` requests at once, a quarter of them new.
 
         Raises:
             ValueError: They do not fit into a captured graph, or the mode is unknown.
@@ -133,16 +142,17 @@ class HostLoop:
         if not 1 <= batch <= GRAPH_SIZES[-1]:
             raise ValueError(f"batch {batch} is not within 1 to {GRAPH_SIZES[-1]}")
         self._finish()
-        params = SamplingParams(
-            max_tokens=MAX_LENGTH - 64, ignore_eos=True, detokenize=False, **MODES[mode]
+        turnover = mode == TURNOVER
+        self._params = SamplingParams(
+            max_tokens=min(SHORT, batch) if turnover else MAX_LENGTH - 64,
+            ignore_eos=True,
+            detokenize=False,
+            **MODES[mode],
         )
-        self._running = [f"{mode}-{i}" for i in range(batch)]
+        self._arrivals = max(batch // SHORT, 1) if turnover else 0
         with self._submissions():
-            for i, name in enumerate(self._running):
-                prompt = [10 + (7 * i + j) % 200 for j in range(24 + i % 32)]
-                self._engine.add_request(
-                    name, {"prompt_token_ids": prompt}, params.clone()
-                )
+            for i in range(0 if turnover else batch):
+                self._arrive()
                 if i % REQUESTS_AT_ONCE == REQUESTS_AT_ONCE - 1:
                     self._step()
             for _ in range(WARM_UP_STEPS):
@@ -215,12 +225,34 @@ class HostLoop:
     # -- how it is done ---------------------------------------------------------------
 
     def _step(self) -> None:
+        for _ in range(self._arrivals):
+            self._arrive()
         self._core.step_fn()
 
+    def _arrive(self) -> None:
+        """One more request; what the frontend keeps of those that ended goes now."""
+        if self._arrivals and len(self._running) >= MAX_REQUESTS:
+            gone = self._running[: MAX_REQUESTS // 2]
+            self._engine.abort_request(gone)
+            del self._running[: len(gone)]
+        i = len(self._running) if not self._arrivals else self._arrived
+        self._arrived += 1
+        prompt = [10 + (7 * i + j) % 200 for j in range(24 + i % 32)]
+        name = f"request-{self._arrived}"
+        self._engine.add_request(
+            name, {"prompt_token_ids": prompt}, self._params.clone()
+        )
+        self._running.append(name)
+
     def decode(self, steps: int) -> None:
-        """Run ``steps`` steps, each of which must be a decode step of every request."""
+        """Run ``steps`` steps, each of which must be a decode step of every request.
+
+        With ``turnover`` each of them has requests that come, and some that end.
+        """
         replays = self._replays
         for _ in range(steps):
+            for _ in range(self._arrivals):
+                self._arrive()
             off = OffClock.seconds
             lost = _times_core_was_lost()
             everyone = process_time()
@@ -234,6 +266,10 @@ class HostLoop:
                 self._clocks["step"].append(mine - off)
                 self._clocks[ALL_THREADS].append(all_threads - off)
         running = len(self._core.scheduler.running)
+        if self._arrivals:
+            if self._replays != replays:
+                raise ValueError("a step of this mode only decoded: not a turnover")
+            return
         if self._replays - replays != steps or running != len(self._running):
             raise ValueError(
                 f"{self._replays - replays} of {steps} steps replayed a graph, with "
@@ -242,6 +278,7 @@ class HostLoop:
 
     def _finish(self) -> None:
         """Drop the requests that run, and step until nothing is in flight."""
+        self._arrivals = 0
         self._engine.abort_request(self._running)
         while self._core.scheduler.has_requests() or self._core.batch_queue:
             self._step()
