@@ -9,7 +9,7 @@ stages as one file each. Stages that did not come to their end are said and left
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def keep(folder: Path, into: Path) -> tuple[list[Path], list[str]]:
     """
     found = {name: _read(folder / f"{name}.json") for name in STAGES}
     stages = {name: stage for name, stage in found.items() if stage}
-    machine = _machine(stages, folder)
+    if not stages:
+        raise CannotKeepError(f"{folder} holds no result of a stage")
     kept: list[Path] = []
     left_out = []
     for name, stage in stages.items():
@@ -64,7 +65,7 @@ def keep(folder: Path, into: Path) -> tuple[list[Path], list[str]]:
         if stage["status"] not in fine:
             left_out.append(f"{name} is {stage['status']}: {stage.get('reason', '')}")
             continue
-        for path, value in _files(name, stage, machine):
+        for path, value in _files(name, stage):
             target = into / path.relative_to(results.RESULTS)
             target.parent.mkdir(parents=True, exist_ok=True)
             jsonfile.write(target, value)
@@ -79,27 +80,14 @@ def _read(path: Path) -> Json:
         stage = json.loads(path.read_text())
     except ValueError as error:
         raise CannotKeepError(f"{path} is no result of a stage: {error}") from None
-    if not isinstance(stage, dict) or not {"status", "commit"} <= stage.keys():
+    if not isinstance(stage, dict) or not {"status", "machine"} <= stage.keys():
         raise CannotKeepError(f"{path} is no result of a stage: it has no status")
     return stage
 
 
-def _machine(stages: Mapping[str, Json], folder: Path) -> Json:
-    """On what it ran, with the commit that the runner knew."""
-    for name in ("environment", "smoke"):
-        for task in stages.get(name, {}).get("tasks", {}).values():
-            here = (task.get("result") or {}).get("machine")
-            if here:
-                return {**here, "commit": stages[name]["commit"] or here["commit"]}
-    raise CannotKeepError(
-        f"{folder} has no environment.json or smoke.json that says on what machine the "
-        "stages ran: put it beside them"
-    )
-
-
-def _files(name: str, stage: Json, machine: Json) -> Iterator[tuple[Path, Json]]:
+def _files(name: str, stage: Json) -> Iterator[tuple[Path, Json]]:
     if name in WHOLE:
-        yield results.kept_as(name, machine), stage
+        yield results.kept_as(name, stage["machine"]), stage
     for task in stage.get("tasks", {}).values():
         result = task.get("result")
         if isinstance(result, dict) and "vllm_ext" in result:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import jsonfile
+from vllm_ext import jsonfile, machine
 from vllm_ext.machine import CHECKOUT
 from vllm_ext.microbench.gpu_host import bundle, checkout, host, stages, switches
 from vllm_ext.microbench.gpu_host.bundle import BundleError, IncompleteError
@@ -178,7 +178,7 @@ class Runner:
         for folder in self.bundles:
             if (note := folder / checkout.FILE).exists():
                 self.host.checkout_note.write_bytes(note.read_bytes())
-        self._commit = checkout.told(self.host.root, self.host.checkout_note)
+        self._here = machine.describe()
         self._code = checkout.digest(self.host.root)
         if self.host.unpacked:  # the checkout may have moved since
             host.link_checkout(self.host)
@@ -410,10 +410,21 @@ class Runner:
             return "damaged"
         return found[0] if found else None
 
+    def _machine(self) -> Json:
+        """What every result says of where it is from."""
+        unpacked = self.host.unpacked
+        commit = checkout.told(self.host.root, self.host.checkout_note)
+        told = {"commit": commit.removesuffix("+"), "dirty": commit.endswith("+")}
+        return {
+            **self._here,
+            "vllm": unpacked.about.get("vllm") if unpacked else None,
+            **(told if commit else {}),
+        }
+
     def _keep(self, stage: Stage, found: Json) -> None:
         whole = {
             "stage": stage.name,
-            "commit": self._commit,
+            "machine": self._machine(),
             "code": self._code,
             "switches": self.switches.as_dict(),
             "status": "running",

@@ -176,7 +176,13 @@ STAGES = {
             "vllm-ext bench engine: stock against all patches together",
             270,
             "smoke",
-            (_bench("engine", "--arms", "all", "--models", "qwen2.5-0.5b"),),
+            (
+                _bench(
+                    "engine",
+                    *("--arms", "all", "--models", "qwen2.5-0.5b"),
+                    *("--batch", "1,8,32", "--sampling", "S0"),
+                ),
+            ),
         ),
         Stage(
             "linkedin",

@@ -15,19 +15,19 @@ MACHINE = {
     **{"gpu": "NVIDIA H200", "gpu_memory_gb": 150.0, "driver": "580.1", "cpu": "CPU"},
     **{"cores": 16, "memory_gb": 128.0, "os": "Linux", "python": "3.12.3"},
     **{"torch": "2.11.0", "triton": "3.6.0", "vllm": "0.33.0", "vllm_ext": "0.1.0"},
-    **{"commit": None, "dirty": None},
+    **{"commit": "0123456789ab", "dirty": False},
 }
 
 
 def put(folder: Path, stage: str, status: str = "complete", **tasks: Any) -> None:
     folder.mkdir(exist_ok=True)
-    found = {"stage": stage, "commit": "0123456789ab", "status": status, "tasks": tasks}
+    found = {"stage": stage, "machine": MACHINE, "status": status, "tasks": tasks}
     (folder / f"{stage}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture
 def back(tmp_path: Path) -> Path:
-    put(tmp_path / "back", "environment", environment={"result": {"machine": MACHINE}})
+    put(tmp_path / "back", "environment", environment={"result": {}})
     return tmp_path / "back"
 
 
@@ -40,7 +40,7 @@ def test_stages_and_benchmarks_are_filed_under_their_gpu(back: Path, tmp_path: P
         *("engine", [], []),
         **{"patches": [], "watch": None, "command": [], "label": "GPU engine"},
     )
-    document["vllm_ext"]["machine"] = {**MACHINE, "commit": "0123456789ab"}
+    document["vllm_ext"]["machine"] = MACHINE
     put(back, "engine", engine={"result": document})
     put(back, "baseline", **{"qwen": {"result": {"cases": {}}}})
     prove = {"nvidia-h200/2026-01-01_0123456_vllm-0.33.0_prove.json": {"patches": {}}}
@@ -80,11 +80,8 @@ def test_a_foreign_file_is_one_line(
     assert "smoke.json is no result of a stage" in capsys.readouterr().err
 
 
-def test_without_a_machine_nothing_is_filed(
+def test_a_folder_without_results_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    put(tmp_path / "back", "baseline")
-    into = ["--results", str(tmp_path / "results")]
-    assert keep.main([str(tmp_path / "back"), *into]) == 1
-    assert "environment.json" in capsys.readouterr().err
-    assert not (tmp_path / "results").exists()
+    assert keep.main([str(tmp_path)]) == 1
+    assert "holds no result of a stage" in capsys.readouterr().err
