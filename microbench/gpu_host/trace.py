@@ -205,11 +205,8 @@ def _gpu(spans: Sequence[Event], window: Span, steps: int) -> dict[str, Any] | N
     gaps: list[tuple[float, str, str]] = []
     covered, last = window[0], None  # until when, and by what
     for each in ran:
-        start, end = (
-            max(each["ts"], window[0]),
-            min(each["ts"] + each["dur"], window[1]),
-        )
-        if end <= start:
+        start, end = each["ts"], min(each["ts"] + each["dur"], window[1])
+        if end <= start:  # it ran after the last step
             continue
         gap = start - covered
         if last is not None and gap >= LEAST_GAP_US:

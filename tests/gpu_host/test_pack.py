@@ -112,15 +112,15 @@ def test_a_library_without_gpu_code_is_left_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "code",
+    ("code", "why"),
     [
-        container(entry(7, 90, b"what?")),
-        struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, 1000),
-        struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, 10) + bytes(10),
+        (container(entry(7, 90, b"what?")), "unknown layout"),
+        (struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, 1000), "leaves its section"),
+        (struct.pack("<IHHQ", fatbin.MAGIC, 1, 16, 10) + bytes(10), "is cut off"),
     ],
 )
-def test_an_unknown_layout_is_refused_and_not_guessed(code: bytes):
-    with pytest.raises(FatbinError):
+def test_an_unknown_layout_is_refused_and_not_guessed(code: bytes, why: str):
+    with pytest.raises(FatbinError, match=why):
         trim(library(code), 90)
 
 

@@ -313,6 +313,18 @@ def test_results_of_other_code_do_not_count(
     assert written(host)["tasks"]["a"]["result"] == {"runs": runs}
 
 
+def test_results_under_other_switches_do_not_count(host: Host, tmp_path: Path):
+    counted = stage(task("a", COUNTED, str(tmp_path / "count")), needs="smoke")
+    host.results.mkdir(parents=True)
+    for runs, used in ((1, switches.NONE), (1, switches.NONE), (2, switches.SINGLE[0])):
+        smoke = {"status": "complete", "switches": used.as_dict()}
+        (host.results / "smoke.json").write_text(json.dumps(smoke))
+        assert runner(host).run(counted) == "complete"
+        found = written(host)
+        assert found["tasks"]["a"]["result"] == {"runs": runs}
+        assert found["switches"]["name"] == used.name
+
+
 def test_an_earlier_machines_results_are_gone_on_from(host: Host, tmp_path: Path):
     counted = stage(task("a", COUNTED, str(tmp_path / "count")))
     assert runner(host).run(counted) == "complete"
@@ -346,6 +358,30 @@ runner(host).run(stage(task("slow", SLOW, "60", resumes=True)))
     rest = task("slow", SLOW, "0", resumes=True)
     assert runner(host).run(stage(rest)) == "complete"
     assert written(host)["tasks"]["slow"]["result"] == ["60", "0", "0", "0"]
+
+
+def test_a_call_that_is_ended_early_takes_its_commands_along(tmp_path: Path):
+    pid = tmp_path / "pid"
+    sleeps = f"""
+import os, pathlib, time
+pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_run import STAGES, run, stage, task
+STAGES["kernels"] = stage(task("sleeps", {sleeps!r}))
+sys.exit(run.main(["kernels", "--home", "home", "--out", "out"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    deadline = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(30) == 143
+    status = Path(f"/proc/{pid.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 def test_a_stage_waits_for_the_one_it_needs(host: Host):
