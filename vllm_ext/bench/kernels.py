@@ -241,7 +241,7 @@ def _not_run(not_run: Sequence[Mapping[str, str]]) -> list[str]:
     for each in not_run:
         number[each["provider"], each["why"]] += 1
     return [
-        f"not run: {provider}, {count} cases: {why}"
+        f"not run: {provider}, {count} case{'s' if count > 1 else ''}: {why}"
         for (provider, why), count in number.items()
     ]
 
