@@ -2,13 +2,30 @@
 
 Two real schedulers on the same random traffic, compared after every call; and bugs
 planted in the fast path, each of which has to be found and made small. `vllm-ext soak`
-runs more of it.
+runs more of it. Then real engines on the CPU, in process and behind `vllm serve`: the
+same answers, and metrics that say the same.
 """
 
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vllm_ext.patches.scheduler_fast_path import PATCH
+from vllm_ext.patching.report import read_states
 from vllm_ext.soak.traffic import (
     MIXES,
     Arrival,
@@ -19,9 +36,18 @@ from vllm_ext.soak.traffic import (
     smallest,
 )
 from vllm_ext_cpulane.engine import run_script
+from vllm_ext_cpulane.environment import lane_environment
+from vllm_ext_cpulane.tinymodel import write_model
 
 SCRIPTS = Path(__file__).parent / "in_engine"
-SEEDS = 40
+SEEDS = 30
+OFF = {"VEXT": "0"}
+ON = {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_PATCHES": PATCH.name}
+# Stock's own path on a CPU: Model Runner V1, synchronous, compiled kernels.
+PLAIN = lane_environment("interpret") | {
+    **{"VEXT_CPULANE": "", "TRITON_INTERPRET": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"},
+    **{"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +83,135 @@ def test_planted_bugs_are_found_in_traffic_that_a_person_can_read(found):
     for name, look in found["planted"].items():
         assert look["requests"] <= 6, (name, look["traffic"])
         assert look["steps"] <= 60, (name, look["traffic"])
+
+
+# -- real engines ----------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+def test_an_engine_answers_and_counts_as_stock_does(tmp_path):
+    """Every look at its metrics on the way, not only the last one."""
+    script = SCRIPTS / "scheduler_engine.py"
+    on = ON | {"VEXT_STATE_DIR": str(tmp_path)}  # counts calls
+    with ThreadPoolExecutor() as both:
+        stock, patched = both.map(
+            lambda settings: run_script(script, PLAIN | settings, "5"), (OFF, on)
+        )
+    assert patched["states"][PATCH.name] == "in use"
+    assert min(patched["calls"][PATCH.name].values()) > 100
+    assert patched["answers"] == stock["answers"]
+    reasons = {answer[2] for answer in stock["answers"].values()}
+    assert {"stop", "length"} <= reasons
+    assert len(stock["metrics"]) > 20
+    assert patched["metrics"] == stock["metrics"]
+    last = stock["metrics"][-1]
+    for counted in ("num_preemptions", "prefix_cache_hits", "generation_tokens"):
+        assert sum(
+            value for name, value in last.items() if name.startswith(f"vllm:{counted} ")
+        )
+
+
+@contextmanager
+def served(model: Path, printed: Path, settings: dict[str, str]) -> Iterator[str]:
+    """`vllm serve` in processes of its own; the address once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with printed.open("w") as log:
+        server = subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("vllm"), "serve", str(model)),
+                *("--served-model-name", "tiny", "--max-model-len", "256"),
+                *("--max-num-seqs", "16", "--enforce-eager", "--block-size", "32"),
+                *("--kv-cache-memory-bytes", str(16 * 2**20), "--dtype", "float32"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+            ],
+            env=os.environ | PLAIN | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | settings,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 180
+        while True:
+            assert server.poll() is None, printed.read_text()
+            assert time.monotonic() < deadline, "the server did not come up"
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=1)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def ask(url: str) -> dict[str, Any]:
+    """Twelve completions at once, and what the server's metrics say after them."""
+    body = {
+        "model": "tiny",
+        "prompt": [[5 + i, *range(40, 50 + 3 * i)] for i in range(12)],
+        "max_tokens": 60,
+        "temperature": 0,
+        "stop_token_ids": list(range(4, 60)),
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        choices = json.load(answer)["choices"]
+    counted = r"vllm:(request_success|prompt_tokens|generation_tokens)_total.*"
+    deadline = time.monotonic() + 10
+    while True:  # a metric is told a moment after the answer
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        metrics = sorted(line for line in lines if re.fullmatch(counted, line))
+        done = sum(
+            float(line.split()[-1]) for line in metrics if "request_success" in line
+        )
+        if done == len(choices) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return {
+        "answers": [(each["token_ids"], each["finish_reason"]) for each in choices],
+        "metrics": metrics,
+    }
+
+
+@pytest.mark.vllm
+def test_vllm_serve_answers_and_counts_as_stock_does(tmp_path):
+    model = write_model(tmp_path / "model", tokenizer=True, weights=True)
+    states = tmp_path / "states"
+
+    def run(name: str, settings: dict[str, str]) -> dict[str, Any]:
+        with served(model, tmp_path / f"{name}.log", settings) as url:
+            return ask(url)
+
+    with ThreadPoolExecutor() as both:
+        stock, patched = both.map(
+            run, ("stock", "patched"), (OFF, ON | {"VEXT_STATE_DIR": str(states)})
+        )
+    assert patched == stock
+    assert len(stock["answers"]) == 12
+    assert {reason for _, reason in stock["answers"]} == {"stop", "length"}
+    assert sum(float(line.split()[-1]) for line in stock["metrics"]) > 100
+    used = [
+        patch["calls"]
+        for process in read_states(states)
+        for patch in process["patches"]
+        if patch["name"] == PATCH.name and patch["state"] == "in use"
+    ]
+    assert len(used) == 1  # the process of the engine core
 
 
 # -- traffic, without vLLM -------------------------------------------------------------
