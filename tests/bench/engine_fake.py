@@ -10,6 +10,7 @@ An arm's ``arguments`` say how it behaves:
 ``fails_in`` the seed of the block in which its process ends
 ``boots``    if false, it cannot be built
 ``patches``  what it says of its patches
+``says``     what it says of itself that is not so
 """
 
 import os
@@ -36,6 +37,7 @@ def main():
             **{"device": "CPU", "graphs": "FULL", "form": form, "boot_s": 0.1},
             "async_scheduling": settings.get("async_scheduling", True),
             "runner": "V1" if old else "V2",
+            **settings.get("says", {}),
         }
 
     def closed(batch, sampling, prompt, output, seed):

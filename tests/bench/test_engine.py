@@ -168,7 +168,7 @@ def test_of_real_work_too():
     slow = Arm("slow", "", {"works": True, "slow": 1.25})
     same = Arm("same", "", {"works": True})
     stock = Arm(STOCK, "", {"works": True}, against="")
-    result, _ = measured(slow, same, blocks=24, stock=stock, control=None)
+    result, _ = measured(slow, same, blocks=24, boots=4, stock=stock, control=None)
     found = verdicts(result)
     assert found["slow", "TPOT"] == "REGRESSED"
     # What a busy machine leaves open is not decided; it is never called a difference.
@@ -229,6 +229,17 @@ def test_a_control_that_differs_makes_the_case_invalid():
     slow = Arm(CONTROL, "", {"slow": 1.05})
     result, _ = measured(Arm("a", ""), control=slow)
     assert set(verdicts(result).values()) == {"INVALID"}
+
+
+def test_requests_that_arrive_are_judged_by_their_first_token_too():
+    arriving = Case("tiny", "S0", 16, 8, rate=50.0, requests=4)
+    result, _ = measured(Arm("a", ""), cases=[arriving])
+    values = {
+        each["metric"]: each["value"]
+        for each in result["vllm_ext"]["comparisons"]
+        if each["arm"] == "a"
+    }
+    assert values["TTFT"] == pytest.approx(5 * values["TPOT"])  # as the fake has it
 
 
 def test_blocks_are_spread_over_the_boots():
@@ -295,6 +306,26 @@ def test_an_arm_whose_patch_does_not_fit_has_no_figure():
     assert names(result) == [STOCK, CONTROL, "a"]
     [refused] = result["vllm_ext"]["refused"]
     assert refused["why"] == "late is skipped: copy_to changed"
+
+
+def test_an_engine_that_is_not_what_was_asked_for_is_left_out():
+    asked = {"async_scheduling": False, "says": {"async_scheduling": True}}
+    result, _ = measured(Arm("other", "", asked), Arm("a", ""))
+    assert names(result) == [STOCK, CONTROL, "a"]
+    [lost] = result["vllm_ext"]["not_run"]
+    assert "async_scheduling True instead of False" in lost["why"]
+
+
+def test_what_was_found_stands_when_another_model_does_not_fit(monkeypatch):
+    free = [1e12, 1e9]
+    monkeypatch.setattr(turns, "free_memory", lambda has_gpu: free.pop(0))
+    large = replace(CASE, model="qwen3-0.6b")
+    result, _ = measured(Arm("a", ""), cases=[CASE, large])
+    assert {each["group"] for each in result["benchmarks"]} == {CASE.name}
+    assert verdicts(result)["a", "TPOT"] == "SAME"
+    [missing] = result["vllm_ext"]["not_run"]
+    assert missing["what"] == large.name
+    assert "do not fit into 1.0 GB" in missing["why"]
 
 
 def test_an_engine_that_ends_loses_its_figures():

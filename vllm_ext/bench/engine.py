@@ -108,7 +108,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 1 if an arm regressed, is wrong, or nothing is valid."""
+    """Measure, print, write; 1 if an arm regressed, is wrong, invalid or missing."""
     return guarded(args, _bench)
 
 
@@ -154,9 +154,10 @@ def _bench(args: argparse.Namespace, say: Say) -> int:
     )
     deliver(result, args, say)
     print(table(result))
-    verdicts = {each["verdict"] for each in result["vllm_ext"]["comparisons"]}
-    wrong = result["vllm_ext"]["refused"]
-    return 1 if wrong or verdicts & {"REGRESSED", "INVALID"} else 0
+    ours = result["vllm_ext"]
+    verdicts = {each["verdict"] for each in ours["comparisons"]}
+    wrong = ours["refused"] or ours["not_run"] or verdicts & {"REGRESSED", "INVALID"}
+    return 1 if wrong else 0
 
 
 def deliver(result: Mapping[str, Any], args: argparse.Namespace, say: Say) -> None:

@@ -263,6 +263,9 @@ def evidence(
             for case, each in bench.found.items():
                 if each.blocks:
                     found.setdefault(case, each)
+            left = ", ".join(case.name for case in cases if case not in found)
+            if left:
+                missing.append({"arm": "every arm", "what": left, "why": str(error)})
         states.update(bench.states)
         engines.update(bench.engines)
         missing.extend(each for each in absent + bench.lost if each not in missing)
@@ -590,8 +593,6 @@ def agreement(
     """
     equal, of, first = 0, 0, ""
     for request, (left, right) in enumerate(zip_longest(ours, theirs)):
-        if left is None and right is None:
-            continue
         for at, (one, other) in enumerate(zip_longest(left or [], right or [])):
             of += 1
             equal += one == other
