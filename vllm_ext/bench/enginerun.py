@@ -183,16 +183,23 @@ class EngineLoop:
             for the device, and ``busy_us``, in which the device works, both per step.
             What cannot be found out here is ``None``, and ``why`` says so.
         """
-        output = SETTLING + steps + 8
-        for request, _ in self._requests(batch, sampling, prompt, output, seed=0):
+        # Those that are prefilled first go on decoding until the last one is.
+        output = self._engine.vllm_config.model_config.max_model_len - prompt
+        made = self._requests(batch, sampling, prompt, output, seed=0)
+        waiting = {request.request_id for request, _ in made}
+        running = [*waiting]
+        for request, _ in made:
             self._client.add_request(request)
-        started: set[str] = set()
-        while len(started) < batch:
-            started |= {each.request_id for each in self._step()}
+        while waiting:
+            waiting -= {each.request_id for each in self._step()}
         for _ in range(SETTLING):
             self._step()
         trace = self._device_trace if self._has_gpu else self._counted
         found = trace(steps)
+        if len(self._core.scheduler.running) != batch:
+            found |= dict.fromkeys(("submissions", "waits", "busy_us"))
+            found["why"] = "no steps in which all requests decode: raise --output"
+        self._client.abort_requests(running)
         self._drain()
         return found
 
