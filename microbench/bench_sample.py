@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vllm_ext.kernels import sample
+from vllm_ext.kernels import sample, top_k_top_p
 from vllm_ext.microbench import compiling, reference, shapes, stock
 from vllm_ext.microbench.measure import NotRun, Provider
 from vllm_ext.microbench.shapes import Case, Sampling
@@ -27,13 +27,20 @@ SONIC_KEEPS = 128  # tokens, whatever top-k says
 
 
 def ours(case: Case, device: str) -> Provider:
-    """`vllm_ext.kernels.sample`, which has to draw the tokens of vLLM's own kernels."""
+    """`vllm_ext.kernels`, which have to draw the tokens of vLLM's own kernels."""
     sampling = case.sampling
-    if sampling.top_k or sampling.top_p < 1 or sampling.logprobs is not None:
-        raise NotRun("vllm_ext.kernels.sample has no top-k, top-p and logprobs")
+    if sampling.logprobs is not None:
+        raise NotRun("vllm_ext.kernels has no logprobs")
+    filters = sampling.top_k > 0 or sampling.top_p < 1
+    kernel = top_k_top_p.sample_top_k_top_p if filters else sample.sample
+    scratch = (top_k_top_p if filters else sample).make_scratch(
+        case.batch, case.vocabulary, device
+    )
     requests = sample.make_requests(case.batch, case.vocabulary, device, 1)
     for row, seed in enumerate(shapes.seeds(case).tolist()):
-        packed = sample.pack(
+        packed = top_k_top_p.pack(
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
             temperature=sampling.temperature,
             seed=seed,
             min_p=sampling.min_p,
@@ -46,16 +53,13 @@ def ours(case: Case, device: str) -> Provider:
     requests.prompt_bits.copy_(shapes.bits(mask))
     requests.output_bits.copy_(shapes.bits(counts > 0))
     requests.output_counts.copy_(counts)
-    scratch = sample.make_scratch(case.batch, case.vocabulary, device)
     number = torch.tensor([case.batch], dtype=torch.int32, device=device)
     rows = torch.arange(case.batch, dtype=torch.int32, device=device)
 
     def call(logits: torch.Tensor, positions: torch.Tensor) -> Any:
         # The caller keeps what a replay wrote, so each call has its own.
         out = torch.empty(case.batch, dtype=torch.int64, device=device)
-        return sample.sample(
-            logits, number, requests, rows, positions, rows, out, scratch
-        )
+        return kernel(logits, number, requests, rows, positions, rows, out, scratch)
 
     try:
         twin = stock.by_triton(case, device).call

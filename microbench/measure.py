@@ -142,15 +142,16 @@ def measure(
         NoRoundLeftError: The card throttled all the time.
     """
     number = sets_needed(set_bytes, device.l2_bytes)
-    *cold, hot = [make_args(each) for each in range(number + 1)]
+    *rotating, kept = [make_args(each) for each in range(number + 1)]
     lanes = {
-        name: _Lane(provider, cold, hot, device) for name, provider in providers.items()
+        name: _Lane(provider, rotating, kept, device)
+        for name, provider in providers.items()
     }
     for name, lane in lanes.items():
         lane.warm()
         if check_replay is not None and lane.replayed is not None:
             try:
-                check_replay(hot, lane.replayed)
+                check_replay(kept, lane.replayed)
             except AssertionError as error:
                 raise AssertionError(f"{name}, replayed in a graph: {error}") from None
     turns = random.Random(seed)
