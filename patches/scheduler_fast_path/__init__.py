@@ -21,10 +21,12 @@ PATCH = Patch(
         schedule() and update_from_output() together, 1.4 ms at batch 128.
 
         Rung 3 of the ladder: two wrappers. They look whether the step is such a one
-        and otherwise call stock; the rows that reach the end of a block, and the
-        tokens that may be the last, go through stock's own methods; the rest of the
-        step, which has no rows, through the method that is wrapped. There is no
-        smaller callee: what is saved is the loops of these two methods.
+        and otherwise call stock, for which the rows that only decode then pass
+        allocate_slots without a question and are evaluated apart from the others. The
+        rows that reach the end of a block, and the tokens that may be the last, go
+        through stock's own methods; what has no rows, through the method that is
+        wrapped. There is no smaller callee: what is saved is the loops of these two.
+        docs/decisions/0020 says what steady is, and why leaving it is safe.
     """,
     retire_when="Scheduler has a path of its own for a step that only decodes.",
     edits=(
