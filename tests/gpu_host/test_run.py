@@ -158,9 +158,31 @@ while len(found) < 4:
 """
 
 
-def test_one_stopped_at_its_limit_leaves_what_it_had_and_goes_on_later(host: Host):
-    slow = task("slow", SLOW, "60", resumes=True)
-    assert runner(host).run(stage(slow, limit_s=3)) == "stopped"
+class Clock:
+    """Time, which can be put forward."""
+
+    ahead = 0.0
+    strftime, gmtime = staticmethod(time.strftime), staticmethod(time.gmtime)
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def test_one_stopped_at_its_limit_leaves_what_it_had_and_goes_on_later(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+):
+    clock, keep = Clock(), Runner._keep
+
+    def late(self: Runner, which: Stage, found: Any) -> None:
+        keep(self, which, found)
+        if "result" in found["tasks"]["slow"]:
+            clock.ahead = 25.0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "time", clock)
+        patched.setattr(Runner, "_keep", late)
+        slow = task("slow", SLOW, "60", resumes=True)
+        assert runner(host)._tasks(stage(slow), clock.monotonic() + 20)[0] == "stopped"
     found = written(host)["tasks"]["slow"]
     assert found["result"] == ["60"]
     assert found["reason"].startswith("stopped at its limit of ")
