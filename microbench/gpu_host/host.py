@@ -22,7 +22,7 @@ from pathlib import Path
 from vllm_ext import __version__
 from vllm_ext.machine import CHECKOUT
 from vllm_ext.microbench.gpu_host import checkout, enginedefaults
-from vllm_ext.microbench.gpu_host.bundle import Manifest
+from vllm_ext.microbench.gpu_host.bundle import BundleError, Manifest
 from vllm_ext.microbench.gpu_host.sampler import AOT
 
 HOME = Path(tempfile.gettempdir()) / "vllm-ext-gpu-host"
@@ -67,8 +67,11 @@ class Host:
 
     @property
     def unpacked(self) -> Manifest | None:
-        """The manifest of the bundle that is unpacked."""
-        return Manifest.read(self.tree) if self.tree.is_dir() else None
+        """The manifest of the bundle that is unpacked; ``None`` if there is none."""
+        try:
+            return Manifest.read(self.tree)
+        except BundleError:
+            return None
 
 
 def link_checkout(host: Host) -> None:

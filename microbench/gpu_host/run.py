@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--bundle",
         type=Path,
         default=CHECKOUT / ".gpu-bundle",
-        help="the folder that holds p0, p1, ...: as many as were carried",
+        help="the folder that holds p0, p1, ...: as many as were carried; or one of "
+        "these",
     )
     parser.add_argument(
         "--seconds",
@@ -135,7 +136,8 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _bundle_folders(folder: Path) -> list[Path]:
-    return sorted(each.parent for each in folder.glob(f"*/{bundle.MANIFEST}"))
+    found = [*folder.glob(bundle.MANIFEST), *folder.glob(f"*/{bundle.MANIFEST}")]
+    return sorted(each.parent for each in found)
 
 
 def listing() -> str:

@@ -634,6 +634,9 @@ def test_unpacking_waits_for_all_parts_and_skips_what_is_there(
     assert runner(host).run(unpack) == "complete"
     assert runner(host, bundles=[first]).run(unpack) == "complete"
     assert (host.site / "noise").stat().st_ino == before
+    (host.tree / "manifest.json").write_text("{")  # unpacked, and spoilt since
+    assert runner(host, bundles=[first]).run(unpack) == "complete"
+    assert (host.site / "noise").stat().st_ino != before
     (tree / "site" / "noise").write_bytes(os.urandom(1000))
     bundle.write(tree, tmp_path / "c", {}, part_bytes=9000, window_bytes=1 << 20)
     assert runner(host, bundles=[tmp_path / "c" / "p0"]).run(unpack) == "complete"
@@ -663,6 +666,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert "name a folder of a bundle" in said
     assert "environment has to be complete first" in said
+    (tmp_path / "b" / "p0").mkdir(parents=True)
+    (tmp_path / "b" / "p0" / "manifest.json").touch()
+    for folder in (tmp_path / "b", tmp_path / "b" / "p0"):
+        assert run._bundle_folders(folder) == [tmp_path / "b" / "p0"]
     assert run.main(["--list"]) == 0
     assert set(STAGES) <= set(capsys.readouterr().out.split())
     for wrong in (["nonsense", *places], [], ["smoke"]):
