@@ -30,6 +30,7 @@ from vllm_ext.microbench.measure import (
     NotRun,
     Provider,
     Times,
+    WrongReplayError,
     measure,
 )
 from vllm_ext.microbench.shapes import Case
@@ -119,32 +120,63 @@ class Session:
             if self.device is None:
                 launches = _submissions(provider, make_args(0))
             self.parity.append({**noted, "submissions": launches})
-        if self.device is None or not right:
-            return found
+        if self.device is not None:
+            self._time(
+                key,
+                right,
+                makers,
+                make_args=make_args,
+                check_replay=check_replay,
+                set_bytes=set_bytes,
+            )
+        return found
+
+    def _time(
+        self,
+        key: Key,
+        right: dict[str, Provider],
+        makers: Mapping[str, Maker],
+        *,
+        make_args: Callable[[int], Args],
+        check_replay: Check | None,
+        set_bytes: int,
+    ) -> None:
+        """Time those whose answers are right, and stock a second time as a control."""
+        assert self.device is not None
+        found, case = self._outcomes[key], f"{key[0]} {key[1]}"
         base = next((name for name in STOCK if name in right), None)
         if base is not None:
-            right[results.CONTROL] = makers[base](case, where)
-        try:
-            times = measure(
-                right,
-                make_args,
-                set_bytes=set_bytes,
-                device=self.device,
-                throttled=self.watch.throttled,
-                seed=self.done,
-                check_replay=check_replay,
-            )
-        except Exception as error:
-            for name in right.keys() & found.keys():
-                found[name] = error
-            self.wrong.append(
-                {"case": f"{group} {case}", "provider": "all", "why": _line(error)}
-            )
-            return found
+            right[results.CONTROL] = makers[base](key[1], "cuda")
+        while right:
+            try:
+                times = measure(
+                    right,
+                    make_args,
+                    set_bytes=set_bytes,
+                    device=self.device,
+                    throttled=self.watch.throttled,
+                    seed=self.done,
+                    check_replay=check_replay,
+                )
+                break
+            except WrongReplayError as error:
+                name, culprits = error.provider, [error.provider]
+                if name in (base, results.CONTROL):
+                    name, culprits = base or name, [str(base), results.CONTROL]
+                    base = None
+                failure: Exception = error
+            except Exception as error:
+                name, culprits, failure = "all", list(right), error
+            for culprit in culprits:
+                del right[culprit]
+                if culprit in found:
+                    found[culprit] = failure
+            self.wrong.append({"case": case, "provider": name, "why": _line(failure)})
+        else:
+            return
         found.update({name: times[name] for name in right if name in found})
         if base is not None:
-            self._compare(f"{group} {case}", base, times)
-        return found
+            self._compare(case, base, times)
 
     def _compare(self, case: str, base: str, times: Mapping[str, Times]) -> None:
         arms = [arm for arm in (results.CONTROL, OURS) if arm in times]

@@ -58,6 +58,17 @@ class Cuda:
         milliseconds: float = start.elapsed_time(end)
         return milliseconds / 1e3
 
+    def refuses(self, work: Callable[[], None]) -> str:
+        """What in ``work`` makes the host wait, which no graph can hold."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            work()
+        except RuntimeError as error:
+            return next(iter(str(error).splitlines()), "RuntimeError")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return ""
+
     def capture(self, work: Callable[[], None]) -> Graph:
         """``work`` as one graph."""
         torch.cuda.synchronize()

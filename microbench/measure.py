@@ -28,7 +28,7 @@ ROUNDS = 24  # enough pairs for a verdict among a thousand cases
 MOST_ROUNDS = 36  # when some are dropped
 L2_TIMES = 3
 GRAPH_CALLS = 256
-QUEUED_CALLS = 32  # a launch queue holds about a thousand launches
+QUEUED_CALLS = 16  # a launch queue holds about a thousand launches
 HOT_SECONDS = 2e-3
 HOST_CALLS = 10
 WARM_SECONDS = 0.2
@@ -44,6 +44,14 @@ class NotRun(Exception):
 
 class NoRoundLeftError(Exception):
     """The card throttled in every round."""
+
+
+class WrongReplayError(AssertionError):
+    """What ``provider`` answers in a graph is wrong, and was right outside."""
+
+    def __init__(self, provider: str, why: str) -> None:
+        super().__init__(f"replayed in a graph: {why}")
+        self.provider = provider
 
 
 class Captured(Protocol):
@@ -63,6 +71,10 @@ class Device(Protocol):
 
     def seconds(self, work: Callable[[], None], ahead: float) -> float:
         """Device time of what ``work`` enqueues, the host being ``ahead`` seconds."""
+        ...
+
+    def refuses(self, work: Callable[[], None]) -> str:
+        """Why ``work`` cannot be captured, as far as that shows before, or nothing."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Captured: ...
@@ -140,6 +152,7 @@ def measure(
 
     Raises:
         NoRoundLeftError: The card throttled all the time.
+        WrongReplayError: One answers wrong when replayed.
     """
     number = sets_needed(set_bytes, device.l2_bytes)
     *rotating, kept = [make_args(each) for each in range(number + 1)]
@@ -153,7 +166,7 @@ def measure(
             try:
                 check_replay(kept, lane.replayed)
             except AssertionError as error:
-                raise AssertionError(f"{name}, replayed in a graph: {error}") from None
+                raise WrongReplayError(name, str(error)) from None
     turns = random.Random(seed)
     dropped = 0
     with _no_collection():
@@ -191,7 +204,6 @@ class _Lane:
         self.replayed: Any = None
         self._call, self._device = provider.call, device
         self._cold, self._hot = cold, hot
-        self._captures = not provider.uncapturable
         self._chunks: list[tuple[Callable[[], None], int]] = []
         self._again: tuple[Callable[[], None], int] = (lambda: None, 1)
         self._ahead = 0.0
@@ -201,8 +213,12 @@ class _Lane:
         """Compile, capture, and bring the card to its clocks."""
         self._call(*self._hot)
         self._device.synchronize()
-        one = max(self._device.seconds(self._calls([self._hot]), 1e-3), 1e-7)
-        largest = GRAPH_CALLS if self._captures else QUEUED_CALLS
+        once = self._calls([self._hot])
+        if not self.times.uncapturable:
+            self.times.uncapturable = self._device.refuses(once)
+            self._device.synchronize()
+        one = max(self._device.seconds(once, 1e-3), 1e-7)
+        largest = QUEUED_CALLS if self.times.uncapturable else GRAPH_CALLS
         chunks = [
             self._cold[start : start + largest]
             for start in range(0, len(self._cold), largest)
@@ -250,7 +266,7 @@ class _Lane:
 
     def _work(self, sets: Sequence[Args], count: bool = False) -> Callable[[], None]:
         eager = self._calls(sets)
-        if not self._captures:
+        if self.times.uncapturable:
             if count:
                 launches = self._device.launches(eager)
                 self.times.launches = launches and launches / len(sets)

@@ -20,7 +20,7 @@ HOST_LISTS = "copies lists of the host each step"
 
 def default(case: Case, device: str) -> Provider:
     """Model Runner V2 as it comes: FlashInfer where that takes the batch."""
-    return _v2(case, device, flashinfer=None)
+    return _v2(case, device, _default_flashinfer(case))
 
 
 def without_flashinfer(case: Case, device: str) -> Provider:
@@ -35,7 +35,7 @@ def without_flashinfer(case: Case, device: str) -> Provider:
 
 def by_triton(case: Case, device: str) -> Provider:
     """Model Runner V2 without FlashInfer, whether that would take the batch or not."""
-    return _v2(case, device, flashinfer="0")
+    return _v2(case, device, "0")
 
 
 def v1(case: Case, device: str) -> Provider:
@@ -45,8 +45,8 @@ def v1(case: Case, device: str) -> Provider:
         raise NotRun("V1 scales fp32 logits in place: a replay would get other logits")
     from vllm.v1.sample.sampler import Sampler
 
-    sampling, filters = case.sampling, _filters(case)
-    with _flashinfer(None):
+    sampling = case.sampling
+    with _flashinfer(_default_flashinfer(case)):
         try:
             sampler = Sampler()
         except ImportError as error:
@@ -59,12 +59,10 @@ def v1(case: Case, device: str) -> Provider:
         tokens = found.sampled_token_ids[:, 0]
         return (tokens, found.logprobs_tensors.logprobs) if logprobs else tokens
 
-    reads_host = ""
-    if sampling.penalizes:
-        reads_host = HOST_LISTS
-    elif filters and device == "cuda":
-        reads_host = HOST_RNG
-    return Provider(call, reads_host, _path(bool(filters and device == "cuda")))
+    chosen = sampler.topk_topp_sampler
+    fused = _filters(case) and chosen.forward == chosen.forward_cuda
+    reads_host = HOST_RNG if fused else HOST_LISTS if sampling.penalizes else ""
+    return Provider(call, reads_host, _path(fused))
 
 
 def v2_states(
@@ -123,6 +121,7 @@ def v2_states(
 
 
 def _v2(case: Case, device: str, flashinfer: str | None) -> Provider:
+    """With ``VLLM_USE_FLASHINFER_SAMPLER`` as given."""
     need_vllm()
     from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 
@@ -195,6 +194,15 @@ def _v1_metadata(case: Case, device: str) -> Any:
 
 def _filters(case: Case) -> bool:
     return bool(case.sampling.top_k or case.sampling.top_p < 1)
+
+
+def _default_flashinfer(case: Case) -> str | None:
+    """For its variable, where vLLM's default is asked for.
+
+    A batch without top-k and top-p never gets to FlashInfer; asking for none then lets
+    it run where FlashInfer is not installed.
+    """
+    return None if _filters(case) else "0"
 
 
 def _path(fused: bool) -> str:

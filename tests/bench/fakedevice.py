@@ -44,7 +44,7 @@ class Fake:
         self.host = 0.0
         self.slower = 1.0  # what a kernel's time is multiplied by
         self.replays = 0
-        self.in_replay_only: Callable[[], None] = lambda: None
+        self.refused = ""
         self._copy = copy
         self._cached: OrderedDict[int, int] = OrderedDict()
         self._recording: Graph | None = None
@@ -73,6 +73,10 @@ class Fake:
         began, host = self.now, self.host
         work()
         return max(self.now - began, self.host - host - ahead)
+
+    def refuses(self, work: Callable[[], None]) -> str:
+        work()
+        return self.refused
 
     def capture(self, work: Callable[[], None]) -> Graph:
         self._recording = Graph(self)

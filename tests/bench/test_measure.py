@@ -23,6 +23,7 @@ from vllm_ext.microbench.measure import (
     NoRoundLeftError,
     Provider,
     Times,
+    WrongReplayError,
     measure,
     sets_needed,
 )
@@ -241,7 +242,7 @@ def test_what_a_replay_answers_is_checked_too():
         assert device.replays, "checked before the graph was replayed"
         raise AssertionError("row 0 is stale")
 
-    with pytest.raises(AssertionError, match="a, replayed in a graph: row 0 is stale"):
+    with pytest.raises(WrongReplayError, match="in a graph: row 0 is stale") as raised:
         measure(
             {"a": Provider(call)},
             args_of(100),
@@ -249,6 +250,7 @@ def test_what_a_replay_answers_is_checked_too():
             device=device,
             check_replay=check,
         )
+    assert raised.value.provider == "a"
 
 
 # -- the fixture -----------------------------------------------------------------------
@@ -290,6 +292,13 @@ def of(microseconds, answer=7):
         return Provider(call, note="as planted")
     return make
 
+def stale(case, device):
+    # Right when called, wrong in what a replay leaves.
+    def call(buffer):
+        DEVICE.kernel(1e-6, 1e-6, buffer)
+        return 7 if DEVICE._recording is None else 8
+    return Provider(call)
+
 def missing(case, device):
     raise NotRun("not installed")
 
@@ -297,15 +306,28 @@ def breaks(case, device):
     raise RuntimeError("two\\nlines")
 
 PROVIDERS = {"stock": of(10), "ours": of(5), "wrong": of(1, 8), "missing": missing,
-             "breaks": breaks}
+             "breaks": breaks, "stale": stale}
 
 def bench_toy(measure, case, provider):
     def check(prepared):
         found = prepared.call(Buffer(1))
         assert found == 7, f"{found} is not 7"
+    def check_replay(args, found):
+        if found != 7:
+            raise AssertionError(f"{found} is not 7")
     measure(provider, PROVIDERS, case, make_args=lambda number: (Buffer(5_000),),
-            check=check, set_bytes=5_000, moved_bytes=6_000_000)
+            check=check, set_bytes=5_000, moved_bytes=6_000_000,
+            check_replay=check_replay)
 """
+
+
+def test_what_turns_out_to_wait_is_queued():
+    device = Fake()
+    device.refused = "called a synchronizing CUDA operation"
+    times = taken(device, 100, one=provider(device, 5, 20))["one"]
+    assert device.replays == 0
+    assert times.uncapturable == "called a synchronizing CUDA operation"
+    assert times.hot == pytest.approx([5 * MICROSECOND] * ROUNDS)
 
 
 def run_bench(folder: Path, *options: str, **plugin: Any) -> tuple[str, dict[str, Any]]:
@@ -408,6 +430,18 @@ def test_a_wrong_answer_fails_and_is_not_timed(found: tuple[str, dict[str, Any]]
     assert wrong[1]["why"] == "RuntimeError: two"
 
 
+def test_who_is_wrong_in_a_graph_only_leaves_the_others_their_times(
+    found: tuple[str, dict[str, Any]],
+):
+    wrong = found[1]["vllm_ext"]["wrong"]
+    assert wrong[2] == {
+        "case": "toy greedy B=1 V=2048 bf16 llm",
+        "provider": "stale",
+        "why": "WrongReplayError: replayed in a graph: 8 is not 7",
+    }
+    assert len(wrong) == 3 * 6
+
+
 def test_who_is_missing_says_so_and_is_in_the_result(
     found: tuple[str, dict[str, Any]],
 ):
@@ -453,7 +487,7 @@ def test_the_table_shows_the_figures(found: tuple[str, dict[str, Any]]):
     )
     assert "not run: missing, 6 cases: not installed" in text
     assert "WRONG: wrong, toy greedy B=1 V=2048 bf16 llm: AssertionError: 8 is" in text
-    assert text.endswith("12 timings, 12 parity checks")
+    assert text.endswith("12 timings, 18 parity checks")
 
 
 def test_all_throttled_leaves_no_timings(tmp_path: Path):
