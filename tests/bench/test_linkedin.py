@@ -220,6 +220,14 @@ def test_on_a_cpu_published_numbers_stand_beside_why_there_are_none(
     assert [each["verdict"] for each in written["headlines"]] == ["not run"] * 2
 
 
+def test_an_invalid_case_is_exit_1(lane, monkeypatch, capsys):
+    lane(has_gpu=False)
+    biased = replace(GRAPHS[CONTROL], arguments={"slow": 1.2})
+    monkeypatch.setitem(linkedin.GRAPHS, CONTROL, biased)
+    assert linkedin.run(parse("--batch", "1", "--arms", "A4")) == 1
+    assert "stock against stock shows a difference" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared_does_not_take_the_rest_along(
     lane, monkeypatch, capsys
 ):
