@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FALSE_ALARM = 1e-6
 """How likely a test of a distribution fails though nothing is wrong."""
@@ -47,3 +51,26 @@ def _normal_quantile(probability: float) -> float:
         else:
             high = middle
     return low
+
+
+def assert_as_close_as_torch(found: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """At most twice the error of plain torch in the same type, plus one rounding.
+
+    Args:
+        found: What a kernel computed.
+        plain: What torch computes in the same type.
+        exact: The same in float64; what is not finite there has to be it here too.
+    """
+    import torch
+
+    finite = exact.isfinite()
+    torch.testing.assert_close(
+        found[~finite].double(), exact[~finite], rtol=0, atol=0, equal_nan=True
+    )
+    if not finite.any():
+        return
+    exact = exact[finite]
+    error, of_torch = ((each[finite] - exact).abs() for each in (found, plain))
+    rounding = torch.finfo(found.dtype).eps / 2 * exact.abs().max()
+    limit = 2 * of_torch.max() + rounding
+    assert error.max() <= limit, f"off by {error.max():.2e}, {limit:.2e} is allowed"

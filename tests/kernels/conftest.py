@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -24,7 +25,10 @@ if INTERPRETED:
         from vllm_ext_cpulane import interpret
 
         interpret.install()
-        importlib.import_module("vllm_ext.kernels.sample")
+        from vllm_ext import kernels
+
+        for each in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{each.name}")
     finally:
         if before is None:
             del os.environ[VARIABLE]
@@ -62,6 +66,7 @@ def stock() -> SimpleNamespace:
         for module, names in {
             "gumbel": ("apply_temperature", "gumbel_sample", "murmur3_hash32"),
             "logit_bias": ("apply_logit_bias",),
+            "logprob": ("compute_topk_scores",),
             "min_p": ("apply_min_p",),
             "penalties": ("apply_penalties",),
         }.items():

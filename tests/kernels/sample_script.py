@@ -1,5 +1,7 @@
-"""Run in a process of the lane: ``sample`` on the pretend device. See
-test_sample_proofs.py."""
+"""Run in a process of the lane: ``sample`` and ``logprobs`` on the pretend device.
+
+See test_sample_proofs.py.
+"""
 
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sampling_batch import Request, ours  # noqa: E402
 
+from vllm_ext.kernels import logprobs  # noqa: E402
 from vllm_ext.kernels import sample as module  # noqa: E402
 from vllm_ext.prove import graphs  # noqa: E402
 from vllm_ext.prove.pretend import DEVICE, PretendDevice, data_of  # noqa: E402
@@ -49,10 +52,22 @@ def main():
         each = torch.arange(ROWS, device=DEVICE)
         out = torch.full((ROWS,), -1, device=DEVICE)
         scratch = module.make_scratch(ROWS, VOCABULARY, DEVICE, tile=64, programs=20)
+        wanted = torch.tensor([0, 3, 2, -1, 1, 3], dtype=torch.int32, device=DEVICE)
+        ids = torch.full((ROWS, 4), -1, device=DEVICE)
+        scores = torch.zeros(ROWS, 4, device=DEVICE)
+        ranks = torch.full((ROWS,), -1, device=DEVICE)
+        scratches = (
+            scratch,
+            logprobs.make_scratch(ROWS, VOCABULARY, DEVICE, tile=64, programs=20),
+        )
 
         def step():
             module.sample(
-                logits, number, requests, seats, positions, each, out, scratch
+                logits, number, requests, seats, positions, each, out, scratches[0]
+            )
+            logprobs.logprobs(
+                *(logits, number, wanted, seats, out, ids, scores, ranks),
+                scratches[1],
             )
 
         step()
@@ -71,14 +86,20 @@ def main():
             fresh = state(number_of_step, DEVICE)
             for tensor, values in zip(memory, fresh, strict=True):
                 tensor.copy_(values)
-            out.fill_(-1)
+            for written in (out, ids, ranks):
+                written.fill_(-1)
             captured[0].replay()
             logits_, number_, seats_, positions_, *fields_ = fresh
             expected = module.sample_reference(
                 *(logits_, number_, module.Requests(*fields_), seats_, positions_),
                 *(torch.arange(ROWS), torch.full((ROWS,), -1)),
             )
-            found["replays"].append([data_of(out).tolist(), expected.tolist()])
+            arguments = (logits_, number_, data_of(wanted), seats_, expected)
+            likeliest = [torch.full_like(data_of(x), -1) for x in (ids, scores, ranks)]
+            logprobs.logprobs_reference(*arguments, *likeliest)
+            replayed = [data_of(written).tolist() for written in (out, ids, ranks)]
+            drawn = (expected, likeliest[0], likeliest[2])
+            found["replays"].append([replayed, [tokens.tolist() for tokens in drawn]])
     report(found)
 
 
