@@ -64,12 +64,13 @@ class Row:
             a first output is gone.
         room: Computed tokens from which it needs another block.
         full: Known tokens from which scheduling it puts a block into the prefix cache.
+        calm: Computed tokens below which none of these three is reached.
         plain: Known tokens from which another one does more than make it longer.
     """
 
     __slots__ = (
         *("refused", "preemptions", "base", "end", "last", "stops", "logprobs"),
-        *("answered", "room", "full", "plain", "_repeats"),
+        *("answered", "room", "full", "calm", "plain", "_repeats"),
     )
 
     def __init__(self, scheduler: Scheduler, request: Request) -> None:
@@ -88,7 +89,7 @@ class Row:
         self.learn(scheduler, request)
 
     def learn(self, scheduler: Scheduler, request: Request) -> None:
-        """Set the three bounds, from the blocks and hashes that it has now."""
+        """Set the bounds that move, from the blocks and hashes that it has now."""
         [manager] = scheduler.kv_cache_manager.coordinator.single_type_managers
         size, name = manager.block_size, request.request_id
         self.room = len(manager.req_to_blocks.get(name, ())) * size
@@ -103,6 +104,7 @@ class Row:
             self.plain = min(self.plain, hashed * scheduler.hash_block_size)
         if self._repeats:
             self.plain = 0
+        self.calm = min(self.last, self.room, self.full - 1)
 
 
 class Roster(NamedTuple):
@@ -233,30 +235,31 @@ def _steady_step(self: Scheduler) -> Step | None:
     requests, names = roster.requests, roster.names
     longest = self.max_model_len - 1
     computed: list[int] = []
-    outputs: list[int] = []
     due: list[int] = []
     idle: list[int] = []
     needed = 0
     for request, row in zip(requests, roster.rows, strict=True):
         at = request.num_computed_tokens
-        flying = request.num_output_placeholders
-        known = at + 1 - flying
+        known = at + 1 - request.num_output_placeholders
         if known != len(request._all_token_ids):
             return None
         if row.preemptions != request.num_preemptions:
             self._vext_roster = None  # preempted and resumed since, in the same order
             return None
-        if at >= row.last and (at >= longest or (flying and known >= row.end - 1)):
-            idle.append(len(computed))
+        computed.append(at)
+        if at < row.calm:
+            continue
+        in_flight = known <= at
+        if at >= row.last and (at >= longest or (in_flight and known >= row.end - 1)):
+            idle.append(len(computed) - 1)
         elif at >= row.room:
             if at > row.room:
                 return None
-            due.append(len(computed))
+            due.append(len(computed) - 1)
             needed += 1
         elif known >= row.full:
-            due.append(len(computed))
-        computed.append(at)
-        outputs.append(at - row.base)
+            due.append(len(computed) - 1)
+    outputs = [at - row.base for at, row in zip(computed, roster.rows, strict=True)]
     if idle:
         left = sorted(set(range(len(computed))).difference(idle))
         requests = [requests[position] for position in left]
