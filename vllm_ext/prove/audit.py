@@ -44,12 +44,17 @@ TIMEOUT = 600  # seconds; an engine needs a tenth of that on a quiet machine
 Say = Callable[[str], None]
 Result = dict[str, dict[str, Any]]
 
-V2_PATCHES = [
-    patch.name
-    for patch in SERIES
-    if any(".worker.gpu." in module for module in patch.modules)
-]
-V1_PATCHES = [patch.name for patch in SERIES if patch.name not in V2_PATCHES]
+
+def _without(modules: str) -> list[str]:
+    """Patches that are not for the runner of these modules alone."""
+    return [
+        patch.name
+        for patch in SERIES
+        if not any(modules in module for module in patch.modules)
+    ]
+
+
+V1_PATCHES, V2_PATCHES = _without(".worker.gpu."), _without(".v1.sample.")
 
 
 @dataclass(frozen=True)
