@@ -235,9 +235,11 @@ class HostLoop:
             gone = self._running[: MAX_REQUESTS // 2]
             self._engine.abort_request(gone)
             del self._running[: len(gone)]
-        i = len(self._running) if not self._arrivals else self._arrived
+        i = self._arrived
         self._arrived += 1
-        prompt = [10 + (7 * i + j) % 200 for j in range(24 + i % 32)]
+        # No prompt twice: one that the prefix cache holds needs no prefill.
+        unique = [10 + i % 200, 10 + i // 200 % 200]
+        prompt = unique + [10 + (7 * i + j) % 200 for j in range(22 + i % 32)]
         name = f"request-{self._arrived}"
         self._engine.add_request(
             name, {"prompt_token_ids": prompt}, self._params.clone()
