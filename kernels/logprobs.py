@@ -272,6 +272,8 @@ def logprobs(
             by token; columns that a row does not want are left alone.
         logprobs: ``[B, 1 + N]`` float32, of ``ids``.
         ranks: ``[B]`` int64: how many logits are no less than the sampled token's.
+            vLLM's rank of a token that was masked also counts what it reads beyond
+            the vocabulary.
         scratch: From `make_scratch`, for at least ``B`` rows and the same ``V``.
 
     A NaN is not among the likeliest, and makes all logprobs of its row NaN.
@@ -323,12 +325,15 @@ def logprobs(
 
 
 def warm(max_rows: int, vocab_size: int, device: torch.device) -> None:
-    """Compile what serving launches: one variant for each dtype of logits."""
+    """Compile what serving launches: one variant for each dtype of logits.
+
+    Indices are int64, as vLLM's are; others would compile variants of their own.
+    """
     scratch = make_scratch(max_rows, vocab_size, device)
     none = torch.zeros(1, dtype=torch.int32, device=device)
     token = torch.zeros(1, dtype=torch.int64, device=device)
     scores = torch.zeros(1, 2, dtype=torch.float32, device=device)
     for dtype in DTYPES:
         logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
-        arguments = (none, none, none, token, scores.long(), scores, token.clone())
+        arguments = (none, none, token, token, scores.long(), scores, token.clone())
         logprobs(logits, *arguments, scratch)

@@ -831,12 +831,14 @@ def sample(
 
 
 def warm(max_rows: int, vocab_size: int, device: torch.device) -> None:
-    """Compile what serving launches: one variant for each dtype of logits."""
+    """Compile what serving launches: one variant for each dtype of logits.
+
+    Indices are int64, as vLLM's are; others would compile variants of their own.
+    """
     requests = make_requests(1, vocab_size, device)
     scratch = make_scratch(max_rows, vocab_size, device)
     row = torch.zeros(1, dtype=torch.int64, device=device)
-    seat = torch.zeros(1, dtype=torch.int32, device=device)
     none = torch.zeros(1, dtype=torch.int32, device=device)
     for dtype in DTYPES:
         logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
-        sample(logits, none, requests, seat, row, row, row.clone(), scratch)
+        sample(logits, none, requests, row, row, row, row.clone(), scratch)

@@ -9,6 +9,7 @@ import torch
 from bytes_moved import bytes_moved
 from sampling_batch import WIDTH, Request, every_kind, logits_of, ours, run
 
+from vllm_ext.kernels import logprobs
 from vllm_ext.kernels import sample as module
 from vllm_ext.prove.sanitizer import Sanitizer
 from vllm_ext_cpulane.engine import run_script
@@ -89,29 +90,45 @@ def test_a_graph_replays_it_with_other_requests(on_the_pretend_device, interpret
     assert len({str(r) for r, _ in on_the_pretend_device["replays"]}) > 2
 
 
-def test_warm_launches_every_variant_of_serving(device, monkeypatch):
+@pytest.mark.parametrize("kernel", ["sample", "logprobs"])
+def test_warm_launches_every_variant_of_serving(kernel, device, monkeypatch):
     """Whatever the batch, its split and its strides: variants are types of logits."""
     launched = []
-    kernel = module._sample_kernel
 
     class Recording:
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((args, options))
 
-    monkeypatch.setattr(module, "_sample_kernel", Recording())
-    module.warm(8, 3000, device)
-    warmed = {args[1].dtype: options for args, options in launched}
-    assert {*warmed} == {*module.DTYPES}
-    assert kernel is not module._sample_kernel
-    launched.clear()
-    batch = [Request()] * 8
+    def variants():
+        """What Triton tells variants apart by, beside what it is told not to."""
+        found = {
+            (
+                *(getattr(argument, "dtype", type(argument)) for argument in args),
+                *sorted(options.items()),
+            )
+            for args, options in launched
+        }
+        launched.clear()
+        return found
+
+    of_kernel = module if kernel == "sample" else logprobs
+    monkeypatch.setattr(of_kernel, f"_{kernel}_kernel", Recording())
+    of_kernel.warm(8, 3000, device)
+    warmed = variants()
+    assert len(warmed) == 3
+    batch = [Request(1.0, 3, min_p=0.1), Request(logit_bias={3: 1.0})] * 4
+    requests = ours(module, batch, 3000, device)
+    scratch = of_kernel.make_scratch(8, 3000, device)
     for rows in (1, 3, 8):
-        logits = torch.zeros(rows, 3000, dtype=torch.bfloat16, device=device)
-        each = torch.arange(rows, dtype=torch.int32, device=device)
-        module.sample(
-            *(logits, each[:1], ours(module, batch, 3000, device), each, each.long()),
-            *(each, each.long(), module.make_scratch(8, 3000, device)),
-        )
-    assert len(launched) == 3
-    for _, options in launched:
-        assert options == warmed[torch.bfloat16]
+        each = torch.arange(rows, device=device)  # int64, as vLLM's indices
+        number = torch.tensor([rows], dtype=torch.int32, device=device)
+        for dtype in module.DTYPES:
+            logits = torch.zeros(rows, 3000, dtype=dtype, device=device)
+            if kernel == "sample":
+                arguments = (number, requests, each, each, each, each)
+            else:
+                scores = torch.zeros(rows, 6, device=device)
+                wanted = torch.zeros(8, dtype=torch.int32, device=device)
+                arguments = (number, wanted, each, each, scores.long(), scores, each)
+            getattr(of_kernel, kernel)(logits, *arguments, scratch)
+    assert variants() == warmed
