@@ -112,6 +112,17 @@ def test_a_request_that_ends_is_no_steady_decode(stock_engine):
         stock_engine.ask("time", settling=hostloop.MAX_LENGTH, steps=1)
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("batch", [1, 12])
+def test_in_a_turnover_requests_come_and_end_in_every_step(stock_engine, batch):
+    """It fails by itself in a step that only decodes."""
+    stock_engine.ask("start", batch=batch, mode="turnover")
+    taken = stock_engine.ask("time", settling=2, steps=20)
+    assert all(sample > 0 for samples in taken.values() for sample in samples)
+    stock_engine.ask("start", batch=2, mode="greedy")  # and leaves nothing behind
+    stock_engine.ask("time", settling=1, steps=2)
+
+
 # -- without an engine -------------------------------------------------------------
 
 

