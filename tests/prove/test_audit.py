@@ -5,14 +5,16 @@ they found, or on a result in which something was planted.
 """
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm_ext import machine
 from vllm_ext.patches import SERIES
-from vllm_ext.prove import audit, auditrun, syncs
+from vllm_ext.prove import audit, auditrun, cuda, syncs
 from vllm_ext.prove.pretend import DEVICE, PretendDevice
 
 pytestmark = pytest.mark.vllm
@@ -37,6 +39,27 @@ def waits(result, run, side, feature, what="waits"):
 def test_the_kept_document_is_what_is_found_now(result):
     changed = audit.changes(DOCUMENT.read_text(), audit.document(result))
     assert changed == [], f"read the difference, then: {audit.COMMAND}"
+
+
+def test_what_a_gpu_is_compared_with_is_what_is_found_now(result):
+    assert json.loads(audit.ON_RECORD.read_text()) == audit.waiting(result)
+
+
+def test_a_machine_with_a_gpu_asks_that_and_needs_no_lane(monkeypatch):
+    """No engine is booted: beside vLLM for a GPU there is none of the CPU's."""
+    asked = []
+    here = {**machine.describe(), "gpu": "NVIDIA H200"}
+    monkeypatch.setattr(machine, "describe", lambda: here)
+    monkeypatch.setattr(audit, "gather", lambda say: pytest.fail("booted"))
+    monkeypatch.setattr(cuda, "verdicts", lambda audited, say: asked.append(audited))
+    audit.verdicts(print)
+    [[v2, v1, *_]] = asked
+    assert (v2["runner"], v1["runner"]) == (2, 1)
+    assert v2["stock"].keys() == auditrun.MAIN.keys()
+    assert not any(seen["waits"] for seen in v2["stock"].values())
+    assert {wait["function"] for wait in v1["stock"][RESTORED]["waits"]} == {
+        "_mask_stop_token_logits"
+    }
 
 
 def test_it_was_these_runners(result):

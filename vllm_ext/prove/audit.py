@@ -7,6 +7,7 @@ kept, so that a new wait shows up as a failing test.
 """
 
 import difflib
+import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ext import doctor, jsonfile
+from vllm_ext import doctor, jsonfile, machine
+from vllm_ext.bench import results
 from vllm_ext.children import Child
 from vllm_ext.hostbench import environment
 from vllm_ext.patches import SERIES
@@ -39,6 +41,7 @@ raises where a step waits, which `make gpu` sets.
 """
 COMMAND = "vllm-ext prove syncs --write docs/audit-syncs.md"
 BOTH_CORES = 2
+ON_RECORD = Path(__file__).with_name("waits.json")
 TIMEOUT = 600  # seconds; an engine needs a tenth of that on a quiet machine
 
 Say = Callable[[str], None]
@@ -301,18 +304,41 @@ def gather(say: Say, runs: Sequence[Run] = RUNS) -> Result:
 
 
 def write(path: Path, say: Say) -> None:
-    """Write `document` of what is found now to ``path``."""
-    jsonfile.write_text(path, document(gather(say)))
+    """Write `document` of what is found now to ``path``, and `ON_RECORD` anew."""
+    result = gather(say)
+    jsonfile.write_text(path, document(result))
+    jsonfile.write(ON_RECORD, waiting(result))
 
 
 def verdicts(say: Say) -> list[Verdict]:
-    """A verdict for each patch, for stock V2 and V1, and for CUDA beside them."""
-    result = gather(say)
-    audited = [
-        {"runner": run.runner, "kind": run.kind, "stock": result[run.title]["stock"]}
-        for run in RUNS
+    """A verdict for each patch, for stock V2 and V1, and for CUDA beside them.
+
+    Where there is a GPU, it is asked; the pretend device needs the CPU lane, which
+    cannot be installed beside vLLM for a GPU, so it speaks as it did on record.
+    """
+    if machine.describe()["gpu"] != machine.NO_GPU:
+        return cuda.verdicts(json.loads(ON_RECORD.read_text()), say)
+    return [*judge(gather(say)), *cuda.from_files(results.RESULTS)]
+
+
+def waiting(result: Result, runs: Sequence[Run] = RUNS) -> list[dict[str, Any]]:
+    """Where stock's steady steps wait, as `cuda.verdicts` takes it."""
+    return [
+        {
+            "runner": run.runner,
+            "kind": run.kind,
+            "stock": {
+                feature: {
+                    "waits": [
+                        {"file": wait["file"], "function": wait["function"]}
+                        for wait in seen["waits"]
+                    ]
+                }
+                for feature, seen in result[run.title]["stock"].items()
+            },
+        }
+        for run in runs
     ]
-    return [*judge(result), *cuda.verdicts(audited, say)]
 
 
 # -- judging -----------------------------------------------------------------------

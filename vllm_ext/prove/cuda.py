@@ -59,11 +59,11 @@ Say = Callable[[str], None]
 
 
 def verdicts(audited: Sequence[Mapping[str, Any]], say: Say) -> list[Verdict]:
-    """Ask the GPU that is here, or read what one answered.
+    """Ask the GPU that is here, and keep what it answers.
 
     Args:
         audited: What the pretend device found, for each engine: ``runner`` (1 or 2),
-            ``kind`` (of `auditrun.KINDS`) and ``stock`` (by feature, of `observe`).
+            ``kind`` (of `auditrun.KINDS`) and ``stock``, by feature the ``waits``.
         say: Told what is going on.
 
     Returns:
@@ -74,8 +74,6 @@ def verdicts(audited: Sequence[Mapping[str, Any]], say: Say) -> list[Verdict]:
         CannotWriteError: The result cannot be kept.
     """
     here = machine.describe()
-    if here["gpu"] == machine.NO_GPU:
-        return from_files(results.RESULTS)
     found = {"machine": here, "digest": digest(), **measure(audited, say)}
     file = results.kept_as(KIND, here)
     file.parent.mkdir(parents=True, exist_ok=True)
