@@ -7,7 +7,7 @@ WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 WHEEL = $(wildcard .venv/wheels/vllm-0.33.0-*.whl)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser early-warning gpu lint format types check bench-host prove compat docs wheel clean
+.PHONY: help setup demo test browser early-warning gpu gpu-bundle lint format types check bench-host prove compat docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ browser:  ## Chromium, which one test looks at a page with; installed on Debian 
 
 early-warning: setup  ## the CPU lane on vLLM 0.33.0, which has no CPU build; may fail
 	@$(RUN) -m pytest $(WORKERS) -m early_warning tests
+
+gpu-bundle: setup  ## stock vLLM in one file, for a GPU host without network (docs/gpu-host.md)
+	@$(RUN) -m vllm_ext.microbench.gpu_host.pack $(ARGS)
 
 gpu:  ## the tests that need a GPU, on a machine that has one
 	@python -m pytest -m gpu tests
