@@ -217,15 +217,14 @@ def _steady_step(self: Scheduler) -> Step | None:
     if kind.refused:
         step_aside(NAME, kind.refused)
         return None
-    if not self.running:
-        self._vext_roster = None  # holds on to nobody
-        return None
     if (
-        self.waiting
+        not self.running
+        or self.waiting
         or self.kv_holding_waiting
         or self._inflight_prefills
         or self._pause_state != PauseState.UNPAUSED
     ):
+        self._vext_roster = None  # or it would keep those that end meanwhile
         return None
     roster = _roster(self)
     if roster.refused:
