@@ -21,7 +21,11 @@ def result():
     found = engine_result(all=0.9, other=1.06)
     found["benchmarks"].append(
         results.entry(
-            "greedy <b>, ours", "sample", {"batch": 1}, [1e-5] * 3, cold_share_of_copy=0.873
+            "greedy <b>, ours",
+            "sample",
+            {"batch": 1},
+            [1e-5] * 3,
+            cold_share_of_copy=0.873,
         )
     )
     return found
