@@ -175,12 +175,28 @@ def test_the_tolerance_grows_with_what_stock_against_stock_leaves_open():
 
 
 def test_a_rank_sum_test_against_every_permutation():
-    """Four against four: the p-value can be counted out, 1 of 70 each way."""
+    """Four against four, counted out: 1 of 70 ways, and 2 when two values are equal."""
     before, after = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
-    assert unpaired(before, after).chance == pytest.approx(
-        2 / 70, abs=0.012
-    )  # 3 sigma of the draws
-    assert unpaired(before, before).chance > 0.5
+    assert unpaired(before, after).chance == pytest.approx(2 / 70)
+    assert unpaired(before, [4.0, 6.0, 7.0, 8.0]).chance == pytest.approx(4 / 70)
+    assert unpaired(before, before).chance == 1.0
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, 0.5])
+def test_many_samples_get_the_chance_that_counting_gives(shift, monkeypatch):
+    random = np.random.default_rng(5)
+    before = (10 + random.normal(0, 1, 45).round(1)).tolist()
+    after = (10 + random.normal(shift, 1, 45).round(1)).tolist()
+    counted = unpaired(before, after).chance
+    monkeypatch.setattr("vllm_ext.stats.MOST_COUNTED", 0)
+    assert unpaired(before, after).chance == pytest.approx(counted, rel=0.25)
+
+
+@pytest.mark.parametrize("how", [paired, unpaired])
+def test_among_a_thousand_cases_each_can_still_be_decided(how):
+    """As many rounds as a kernel is timed for, all of them half as fast again."""
+    slower = list(cases(how, 4, 1.5, 0.01, 24))
+    assert set(verdicts(slower * 250)) == {"REGRESSED"}
 
 
 @pytest.mark.parametrize("how", [paired, unpaired])
