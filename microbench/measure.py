@@ -2,9 +2,10 @@
 
 What is timed is a replay of many calls captured in one CUDA graph: between two kernels
 of a step that replays there is no host either. Each figure is taken twice. For *cold*
-the calls go round argument sets that together exceed three times the L2 cache, so that
-each finds its arguments in memory. For *hot* they all have the same set, as a sampler
-has the logits that were written just before.
+the calls go round argument sets that together exceed three times the L2 cache, and what
+is in the cache is driven out before, so that each finds its arguments in memory, also
+those that the competitor before it has just read. For *hot* they all have the same set,
+as a sampler has the logits that were written just before.
 
 Competitors take turns within a round, in random order, so that a slow moment of the
 machine falls on all of them, and a round in which the card throttled is dropped for
@@ -68,6 +69,10 @@ class Device(Protocol):
     l2_bytes: int
 
     def synchronize(self) -> None: ...
+
+    def empty_cache(self) -> None:
+        """Enqueue what leaves nothing in the L2 cache that a call could want."""
+        ...
 
     def seconds(self, work: Callable[[], None], ahead: float) -> float:
         """Device time of what ``work`` enqueues, the host being ``ahead`` seconds."""
@@ -207,7 +212,7 @@ class _Lane:
         self._chunks: list[tuple[Callable[[], None], int]] = []
         self._again: tuple[Callable[[], None], int] = (lambda: None, 1)
         self._ahead = 0.0
-        self._turn = 1  # the first chunk is in the cache after warming up
+        self._turn = 0
 
     def warm(self) -> None:
         """Compile, capture, and bring the card to its clocks."""
@@ -219,9 +224,10 @@ class _Lane:
             self._device.synchronize()
         one = max(self._device.seconds(once, 1e-3), 1e-7)
         largest = QUEUED_CALLS if self.times.uncapturable else GRAPH_CALLS
+        size = math.ceil(len(self._cold) / math.ceil(len(self._cold) / largest))
         chunks = [
-            self._cold[start : start + largest]
-            for start in range(0, len(self._cold), largest)
+            self._cold[start : start + size]
+            for start in range(0, len(self._cold), size)
         ]
         long = min(largest, max(HOST_CALLS, math.ceil(HOT_SECONDS / one)))
         for chunk in chunks:
@@ -245,6 +251,7 @@ class _Lane:
         """One sample each of cold, hot and host, in seconds per call."""
         work, calls = self._chunks[self._turn % len(self._chunks)]
         self._turn += 1
+        self._device.empty_cache()
         cold = self._device.seconds(work, self._ahead) / calls
         self._device.synchronize()
         started = self._device.host_clock()

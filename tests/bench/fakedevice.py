@@ -69,6 +69,9 @@ class Fake:
     def synchronize(self) -> None:
         pass
 
+    def empty_cache(self) -> None:
+        self._cached.clear()
+
     def seconds(self, work: Callable[[], None], ahead: float) -> float:
         began, host = self.now, self.host
         work()
