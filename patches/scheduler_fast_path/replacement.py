@@ -162,10 +162,10 @@ def steady_schedule(
 @contextmanager
 def _asking_only_for_blocks(self: Scheduler) -> Iterator[None]:
     """While stock goes through the rows: `allocate_slots` only for those it changes."""
-    if _kind(self).refused or not self.running:
+    manager = self.kv_cache_manager
+    if _kind(self).refused or not self.running or "allocate_slots" in vars(manager):
         yield
         return
-    manager = self.kv_cache_manager
     stock, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
 
     def allocate_slots(request: Request, num_new_tokens: int, **how: Any) -> Any:

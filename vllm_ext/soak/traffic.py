@@ -23,6 +23,7 @@ class Setup:
         priority: Scheduling by priority instead of by arrival.
         second: For Model Runner V2, whose outputs carry less.
         reports: Record events of the prefix cache.
+        interval: Steps between two with prompts, where vLLM has that (0.33).
         split: Rows from which the patch evaluates a step in two parts.
     """
 
@@ -39,6 +40,7 @@ class Setup:
     stats: bool = True
     finished_sets: bool = False
     chunk: int = 0
+    interval: int = 1
     split: int = 1
 
 
@@ -91,7 +93,8 @@ class Event:
     Attributes:
         kind: ``reset`` empties the prefix cache, ``preempt`` all running requests
             with it, ``pause`` and ``resume`` stop and start scheduling, ``hold``
-            admits nobody, ``stall`` schedules a step and has no output ready.
+            admits nobody, ``throttle`` puts prompts off for a step, ``stall`` has no
+            output ready, ``drain`` waits for all that is in flight.
     """
 
     step: int
@@ -180,6 +183,7 @@ def random_traffic(seed: int, steps: int, mix: str | None = None) -> Traffic:
         "finished_sets": choose.random() < 0.3,
         "longest": choose.choice((48, 96)),
         "split": choose.choice((1, 1, 4)),
+        "interval": choose.choice((1, 1, 1, 3)),
     }
     fields |= {name: choose.choice(options) for name, options in kind.setup.items()}
     setup = Setup(**fields)  # type: ignore[arg-type]
@@ -226,7 +230,10 @@ def _arrivals(
 
 
 def _events(choose: random.Random, kind: Mix, steps: int) -> Iterator[Event]:
-    kinds = ("reset", "preempt", "stall", "stall", "stall", "pause", "hold", "drain")
+    kinds = (
+        *("reset", "preempt", "stall", "stall", "stall", "pause", "hold", "drain"),
+        *("throttle", "throttle"),
+    )
     for step in range(steps):
         if choose.random() < kind.events:
             what = choose.choice(kinds)

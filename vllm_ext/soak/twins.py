@@ -330,7 +330,8 @@ def _run(traffic: Traffic, seen: Seen) -> Seen:
         wants = stock.scheduler.has_requests()
         if len(stock.in_flight) < depth and wants:
             before = patched.fast["schedule"], len(patched.scheduler.running)
-            outputs = both(step, "schedule", lambda side: side.scheduler.schedule())
+            throttled = "throttle" in now
+            outputs = both(step, "schedule", partial(_schedule, throttled=throttled))
             plan = _plan(stock.scheduler, outputs[0])
             for side, output in zip(sides, outputs, strict=True):
                 side.in_flight.append((output, plan))
@@ -388,6 +389,10 @@ def failing_step(traffic: Traffic) -> int | None:
     except Exception:
         return None  # of stock's own: not what is looked for
     return None
+
+
+def _schedule(side: Side, throttled: bool) -> Any:
+    return side.scheduler.schedule(throttled)
 
 
 def _plan(scheduler: Any, scheduled: Any) -> Plan:
@@ -495,6 +500,9 @@ def _scheduler(setup: Setup) -> Any:
         log_stats=setup.stats,
     )
     scheduler.use_v2_model_runner = setup.second
+    if hasattr(scheduler, "local_prefill_interval"):
+        scheduler.local_prefill_interval = setup.interval
+        scheduler.last_prefill_step = -setup.interval
     return scheduler
 
 
