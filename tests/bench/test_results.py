@@ -149,9 +149,33 @@ def spoilt(change):
         (spoilt(lambda f: f.pop("benchmarks")), "no list of benchmarks"),
         (
             spoilt(lambda f: f["benchmarks"][1]["stats"].pop("median")),
-            "benchmark 2 has no name or no median",
+            "benchmark 2 has no median",
         ),
         (spoilt(lambda f: f["benchmarks"][0]["stats"].pop("data")), "no samples"),
+        *(
+            (
+                spoilt(
+                    lambda f, wrong=wrong: f["benchmarks"][0]["stats"].update(wrong)
+                ),
+                said,
+            )
+            for wrong, said in (
+                ({"median": None}, "benchmark 1 has no median"),
+                ({"data": [1e-3, 0.0]}, "benchmark 1 has no samples"),
+                ({"data": [1e-3, float("nan")]}, "benchmark 1 has no samples"),
+            )
+        ),
+        (spoilt(lambda f: f["benchmarks"][0].pop("group")), "benchmark 1 has no group"),
+        (spoilt(lambda f: f["vllm_ext"].update(machine=None)), "it has no machine"),
+        (spoilt(lambda f: f["vllm_ext"].pop("command")), "it has no command"),
+        (
+            spoilt(lambda f: f["vllm_ext"].update(watch=1)),
+            "machine gate saw is missing",
+        ),
+        (
+            spoilt(lambda f: f["vllm_ext"]["comparisons"][0].update(ratio=0)),
+            "comparison 1 has no ratio",
+        ),
         (
             spoilt(lambda f: f["vllm_ext"]["machine"].pop("driver")),
             "its machine lacks driver",

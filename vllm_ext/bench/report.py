@@ -114,7 +114,7 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
         head, here = ours["label"], ours["machine"]
         note = f"{' '.join(ours['command'])}"
         parts = [*_forests(ours["comparisons"]), *_roofline(found["benchmarks"])]
-        watch = ours["watch"]
+        watch = ours.get("watch")
         if watch and watch.get("reason"):
             note += f" - {watch['reason']}"
     return (
@@ -213,7 +213,9 @@ _TICKS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5
 
 def _roofline(entries: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A bar for each kernel and shape: its share of what a copy reaches."""
-    bars = [each for each in entries if SHARE in each["extra_info"]]
+    bars = [
+        each for each in entries if isinstance(each["extra_info"].get(SHARE), float)
+    ]
     for group in dict.fromkeys(each["group"] for each in bars):
         rows = [each for each in bars if each["group"] == group]
         yield f"<h3>{escape(str(group))}: share of the bandwidth of a copy</h3>"

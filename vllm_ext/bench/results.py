@@ -18,7 +18,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -355,8 +355,11 @@ def _frame(here: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _TEXTS = ("case", "metric", "unit", "arm", "against", "verdict", "reason")
-_NUMBERS = ("value", "against_value", "ratio", "tolerance")
-_MACHINE = ("gpu", "cpu", "cores", "driver", "torch", "triton", "vllm", "commit")
+_ABOVE_ZERO = ("value", "against_value", "ratio")
+_MACHINE = (
+    *("gpu", "cpu", "cores", "driver", "python", "torch", "triton", "vllm"),
+    *("commit", "dirty"),
+)
 
 
 def _misshapen(found: Mapping[str, Any]) -> str:
@@ -365,17 +368,24 @@ def _misshapen(found: Mapping[str, Any]) -> str:
     if not isinstance(entries, list):
         return "it has no list of benchmarks"
     for number, each in enumerate(entries, 1):
-        stats = each.get("stats") if isinstance(each, dict) else None
-        if not isinstance(stats, dict) or "median" not in stats or "name" not in each:
-            return f"benchmark {number} has no name or no median"
-        if not _numbers(stats.get("data")):
-            return f"benchmark {number} has no samples"
+        wrong = _entry_lacks(each) if isinstance(each, dict) else "anything"
+        if wrong:
+            return f"benchmark {number} has no {wrong}"
     ours = found["vllm_ext"]
-    missing = [name for name in _MACHINE if name not in ours.get("machine", {})]
+    here, watch = ours.get("machine"), ours.get("watch")
+    if not isinstance(here, dict):
+        return "it has no machine"
+    missing = [name for name in _MACHINE if name not in here]
     if missing:
         return f"its machine lacks {', '.join(missing)}"
-    if "kind" not in ours or not isinstance(ours.get("comparisons"), list):
-        return "it has no kind or no list of comparisons"
+    if not isinstance(ours.get("kind"), str) or not isinstance(ours.get("label"), str):
+        return "it has no kind or no label"
+    if not _list_of(ours.get("command"), lambda each: isinstance(each, str)):
+        return "it has no command"
+    if watch is not None and not (isinstance(watch, dict) and "valid" in watch):
+        return "what the machine gate saw is missing"
+    if not isinstance(ours.get("comparisons"), list):
+        return "it has no list of comparisons"
     for number, each in enumerate(ours["comparisons"], 1):
         wrong = _lacks(each) if isinstance(each, dict) else "anything"
         if wrong:
@@ -383,29 +393,49 @@ def _misshapen(found: Mapping[str, Any]) -> str:
     return ""
 
 
+def _entry_lacks(each: Mapping[str, Any]) -> str:
+    """The first field that a benchmark has not, or has of the wrong kind."""
+    for name in ("name", "group"):
+        if not isinstance(each.get(name), str):
+            return name
+    info, stats = each.get("extra_info"), each.get("stats")
+    if not isinstance(info, dict):
+        return "extra_info"
+    if not isinstance(stats, dict) or not _above_zero(stats.get("median")):
+        return "median"
+    return "" if _samples(stats.get("data")) else "samples"
+
+
 def _lacks(each: Mapping[str, Any]) -> str:
     """The first field that a comparison has not, or has of the wrong kind."""
     for name in _TEXTS:
         if not isinstance(each.get(name), str):
             return name
-    for name in _NUMBERS:
-        if not isinstance(each.get(name), int | float):
+    for name in _ABOVE_ZERO:
+        if not _above_zero(each.get(name)):
             return name
-    if not _numbers(each.get("ci95")) or len(each["ci95"]) != 2:
+    if each.get("tolerance") != 0 and not _above_zero(each.get("tolerance")):
+        return "tolerance"
+    if not _samples(each.get("ci95")) or len(each["ci95"]) != 2:
         return "ci95"
     pairs = each.get("pairs")
     sides = [
         pairs.get(side) if isinstance(pairs, dict) else None
         for side in ("before", "after")
     ]
-    if not all(_numbers(side) for side in sides) or len({*map(len, sides)}) != 1:  # type: ignore[arg-type]
+    if not all(_samples(side) for side in sides) or len({*map(len, sides)}) != 1:  # type: ignore[arg-type]
         return "pairs"
     return ""
 
 
-def _numbers(found: Any) -> bool:
-    return (
-        isinstance(found, list)
-        and bool(found)
-        and all(isinstance(each, int | float) for each in found)
-    )
+def _samples(found: Any) -> bool:
+    """Whether these can be timings, or ratios of some: above zero, and there."""
+    return bool(found) and _list_of(found, _above_zero)
+
+
+def _list_of(found: Any, right: Callable[[Any], bool]) -> bool:
+    return isinstance(found, list) and all(right(each) for each in found)
+
+
+def _above_zero(found: Any) -> bool:
+    return type(found) in (int, float) and 0 < found < math.inf
