@@ -737,7 +737,8 @@ def _sample_top_k_top_p_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["k_step", "p_step", "vocab_size", "tiles_each", "splits"]
+    do_not_specialize=["k_step", "p_step", "vocab_size", "tiles_each", "splits"],
+    do_not_specialize_on_alignment=["k_ptr", "p_ptr"],
 )
 def _last_kept_kernel(
     logits_ptr,  # [B, V] float32
@@ -900,12 +901,20 @@ def _mask_kernel(
     bound = tl.load(bounds_ptr + row)
     if bound == 0:
         return
-    ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    start = tl.program_id(1) * TILE
+    ids = start + tl.arange(0, TILE)
     row_ptr = logits_ptr + row * logits_stride
-    inside = ids < vocab_size
-    y = tl.load(row_ptr + ids, mask=inside, other=_NEVER)
+    no_bits = row_ptr.to(tl.pointer_type(tl.int32))
+    none = (no_bits, no_bits, no_bits, no_bits)
+    y = _octets(row_ptr, ids, vocab_size)
+    y = _tile(start, y, row_ptr, vocab_size, _NO_FLAGS, no_bits, none, TILE)
     kept = (y == y) & (_order(y, ids) >= bound)
-    tl.store(row_ptr + ids, tl.full((TILE,), _NEVER, tl.float32), mask=inside & ~kept)
+    y = tl.where(kept, y, _NEVER)
+    # As for loads: masked by eights, stores stay wide.
+    whole = vocab_size & -8
+    tl.store(row_ptr + ids, y, mask=(ids // 8) < (whole // 8))
+    if start + TILE > whole:
+        tl.store(row_ptr + ids, y, mask=(ids >= whole) & (ids < vocab_size))
 
 
 # -- the launchers -------------------------------------------------------------------
@@ -1164,13 +1173,17 @@ def mask_top_k_top_p(
 
 
 def warm(max_rows: int, vocab_size: int, device: torch.device) -> None:
-    """Compile what serving launches: one variant for each dtype of logits."""
+    """Compile what serving launches: one variant for each dtype of logits.
+
+    Indices are int64, as vLLM's are; others would compile variants of their own.
+    """
     requests = plain.make_requests(1, vocab_size, device)
     scratch = make_scratch(max_rows, vocab_size, device)
     row = torch.zeros(1, dtype=torch.int64, device=device)
-    seat = torch.zeros(1, dtype=torch.int32, device=device)
     none = torch.zeros(1, dtype=torch.int32, device=device)
     for dtype in DTYPES:
         logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
-        sample_top_k_top_p(logits, none, requests, seat, row, row, row.clone(), scratch)
+        given = (logits, none, requests, row, row, row, row.clone())
+        sample_top_k_top_p(*given, scratch)
+    logits = torch.zeros(1, vocab_size, dtype=torch.float32, device=device)
     mask_top_k_top_p(logits, scratch.no_k, scratch.no_p, scratch)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pytest
 import torch
 from sampling_batch import Request, every_kind, ours
 
 from vllm_ext.kernels import sample as plain
-
-with pytest.MonkeyPatch.context() as patch:
-    if not torch.cuda.is_available():  # see tests/kernels/conftest.py
-        patch.setenv("TRITON_INTERPRET", "1")
-    from vllm_ext.kernels import top_k_top_p
+from vllm_ext.kernels import top_k_top_p
 
 TILE, GROUP, CANDIDATES = 64, 16, 32  # small, to have every edge in few tokens
 MARGIN = 2e-6

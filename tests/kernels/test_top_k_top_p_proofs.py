@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from bytes_moved import bytes_moved
 from filtering_batch import Filtered, asked, every_filter, run, scratch_for
 from sampling_batch import WIDTH, logits_of
 
@@ -45,43 +43,6 @@ def test_masking_touches_only_what_it_may(kind, interpreter):
     sanitizer.check()
     for name in ("_last_kept_kernel", "_mask_kernel"):
         assert sanitizer.kernels[name].launches == 1
-
-
-@contextmanager
-def bytes_moved() -> Iterator[Counter[str]]:
-    """Bytes that lanes load, store and change atomically, by kind of access."""
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    moved: Counter[str] = Counter()
-
-    def lanes(mask, pointers):
-        mask = getattr(mask, "data", mask)
-        return int((mask & (pointers.data == pointers.data)).sum())
-
-    def load(self, pointers, mask, *rest, **named):
-        size = interpreter._get_np_dtype(pointers.get_element_ty()).itemsize
-        moved["load"] += lanes(mask, pointers) * size
-        return stock["create_masked_load"](self, pointers, mask, *rest, **named)
-
-    def store(self, pointers, value, mask, *rest):
-        moved["store"] += lanes(mask, pointers) * value.data.itemsize
-        return stock["create_masked_store"](self, pointers, value, mask, *rest)
-
-    def atomic(self, op, pointers, value, mask, *how):
-        moved["atomic"] += 2 * lanes(mask, pointers) * value.data.itemsize
-        return stock["create_atomic_rmw"](self, op, pointers, value, mask, *how)
-
-    hooks = {
-        "create_masked_load": load,
-        "create_masked_store": store,
-        "create_atomic_rmw": atomic,
-    }
-    stock = {name: getattr(builder, name) for name in hooks}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, hook in hooks.items():
-            patch.setattr(builder, name, hook)
-        yield moved
 
 
 HISTORY = {
@@ -149,26 +110,41 @@ def test_warm_launches_every_variant_of_serving(device, monkeypatch):
     launched = []
 
     class Recording:
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((args, options))
+        def __init__(self, name):
+            self.name = name
 
-    monkeypatch.setattr(module, "_sample_top_k_top_p_kernel", Recording())
-    monkeypatch.setattr(module, "_last_kept_kernel", Recording())
-    monkeypatch.setattr(module, "_mask_kernel", Recording())
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((self.name, args, options))
+
+    def variants():
+        """What Triton tells variants apart by, beside what it is told not to."""
+        found = {
+            (
+                name,
+                *(getattr(argument, "dtype", type(argument)) for argument in args),
+                *sorted(options.items()),
+            )
+            for name, args, options in launched
+        }
+        launched.clear()
+        return found
+
+    for name in ("_sample_top_k_top_p_kernel", "_last_kept_kernel", "_mask_kernel"):
+        monkeypatch.setattr(module, name, Recording(name))
     module.warm(8, 3000, device)
-    warmed = {args[1].dtype: options for args, options in launched[:-2]}
-    assert {*warmed} == {*module.DTYPES}
-    masking = [options for _, options in launched[-2:]]
-    launched.clear()
+    warmed = variants()
+    assert len(warmed) == 5
+    requests = asked(
+        [Filtered(1.0, 3, top_k=5, top_p=0.5), Filtered()] * 4, 3000, device
+    )
     scratch = module.make_scratch(8, 3000, device)
     for rows in (1, 3, 8):
-        logits = torch.zeros(rows, 3000, dtype=torch.bfloat16, device=device)
-        each = torch.arange(rows, dtype=torch.int32, device=device)
-        requests = asked([Filtered()] * 8, 3000, device)
-        module.sample_top_k_top_p(
-            *(logits, each[:1], requests, each, each.long(), each, each.long()), scratch
-        )
-        assert launched.pop()[1] == warmed[torch.bfloat16]
-        module.mask_top_k_top_p(logits.float(), each, None, scratch)
-        assert [options for _, options in launched] == masking
-        launched.clear()
+        each = torch.arange(rows, device=device)  # int64, as vLLM's indices
+        number = torch.tensor([rows], dtype=torch.int32, device=device)
+        for dtype in module.DTYPES:
+            logits = torch.zeros(rows, 3000, dtype=dtype, device=device)
+            given = (logits, number, requests, each, each, each, each)
+            module.sample_top_k_top_p(*given, scratch)
+        for k, p in ((each.int(), None), (None, each / 8), (each.int(), each / 8)):
+            module.mask_top_k_top_p(logits.float(), k, p, scratch)
+    assert variants() == warmed
