@@ -162,10 +162,14 @@ def steady_schedule(
 @contextmanager
 def _asking_only_for_blocks(self: Scheduler) -> Iterator[None]:
     """While stock goes through the rows: `allocate_slots` only for those it changes."""
-    manager = self.kv_cache_manager
-    if _kind(self).refused or not self.running or "allocate_slots" in vars(manager):
+    if (
+        _kind(self).refused
+        or not self.running
+        or "allocate_slots" in vars(self.kv_cache_manager)
+    ):
         yield
         return
+    manager = self.kv_cache_manager
     stock, nothing = manager.allocate_slots, manager.empty_kv_cache_blocks
 
     def allocate_slots(request: Request, num_new_tokens: int, **how: Any) -> Any:
@@ -525,9 +529,9 @@ def _kind(self: Scheduler) -> Kind:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     ahead = type(self) is AsyncScheduler
-    refused = _why_not_this_scheduler(self)
-    if type(self) not in (Scheduler, AsyncScheduler):
-        refused = "scheduler from elsewhere"
+    refused = "scheduler from elsewhere"  # which may lack what is looked at here
+    if type(self) in (Scheduler, AsyncScheduler):
+        refused = _why_not_this_scheduler(self)
     kind = Kind(refused, ahead, "_update_request_with_output" in vars(AsyncScheduler))
     self._vext_kind = kind
     return kind
@@ -552,11 +556,11 @@ def _why_not_this_scheduler(self: Scheduler) -> str:
     if self.return_sampling_mask or envs.VLLM_COMPUTE_NANS_IN_LOGITS:
         return "sampling masks or counts of NaN"
     manager = self.kv_cache_manager
-    pool, groups = manager.block_pool, manager.coordinator.single_type_managers
-    if (
-        (type(manager), type(pool)) != (KVCacheManager, BlockPool)
-        or [type(group) for group in groups] != [FullAttentionManager]
-        or groups[0].block_size != pool.hash_block_size
+    if type(manager) is not KVCacheManager or type(manager.block_pool) is not BlockPool:
+        return "KV cache manager from elsewhere"
+    groups = manager.coordinator.single_type_managers
+    if [type(group) for group in groups] != [FullAttentionManager] or (
+        groups[0].block_size != manager.block_pool.hash_block_size
     ):
         return "KV cache that is not one group of full attention"
     return ""

@@ -78,6 +78,14 @@ def test_the_traffic_was_worth_it(found):
 
 
 @pytest.mark.vllm
+def test_what_is_not_vllms_own_is_refused_before_it_is_looked_at(found):
+    assert found["strangers"] == {
+        "scheduler": "scheduler from elsewhere",
+        "manager": "KV cache manager from elsewhere",
+    }
+
+
+@pytest.mark.vllm
 def test_planted_bugs_are_found_in_traffic_that_a_person_can_read(found):
     assert [name for name, look in found["planted"].items() if look is None] == []
     for name, look in found["planted"].items():

@@ -9,6 +9,7 @@ from unittest import mock
 
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ext.patches.scheduler_fast_path import replacement
 from vllm_ext.soak import traffic, twins
@@ -166,8 +167,26 @@ def found(most: int) -> dict[str, Any]:
     return looks
 
 
+class Elsewhere(Scheduler):
+    """A scheduler with fields of its own, and none of vLLM's but this one."""
+
+    def __init__(self) -> None:
+        self.running = []
+
+
+def strangers() -> dict[str, str]:
+    """Why each of these is left to stock code."""
+    managed = twins.Side(traffic.Setup(), patched=False).scheduler
+    managed.kv_cache_manager = object()
+    return {
+        "scheduler": replacement._kind(Elsewhere()).refused,
+        "manager": replacement._kind(managed).refused,
+    }
+
+
 if __name__ == "__main__":
     first, count, most = map(int, sys.argv[1:])
     answer = {"vllm": vllm.__version__, "same": twins.compare(first, count, STEPS)}
+    answer["strangers"] = strangers()
     answer["planted"] = found(most) if most else {}
     report(json.loads(json.dumps(answer)))
