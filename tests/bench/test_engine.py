@@ -328,6 +328,51 @@ def test_what_was_found_stands_when_another_model_does_not_fit(monkeypatch):
     assert "do not fit into 1.0 GB" in missing["why"]
 
 
+def interrupted_in(monkeypatch, block):
+    """Ctrl-C while the engines are asked for that block."""
+    ask = turns.Bench._ask
+
+    def interrupt(bench, engines, found, names, what, details):
+        if details.get("seed") == block:
+            raise KeyboardInterrupt
+        return ask(bench, engines, found, names, what, details)
+
+    monkeypatch.setattr(turns.Bench, "_ask", interrupt)
+
+
+def test_what_was_measured_before_an_interruption_stands(monkeypatch):
+    """Seven whole blocks; the second case is listed as not run."""
+    interrupted_in(monkeypatch, block=7)
+    killed = []
+    monkeypatch.setattr(turns.Child, "kill", lambda child: killed.append(child.name))
+    second = replace(CASE, batch=8)
+    slow = Arm("slow", "", {"slow": 1.5})
+    result, said = measured(slow, cases=(CASE, second))
+    ours = result["vllm_ext"]
+    assert [each["n"] for each in ours["comparisons"]] == [7, 7]
+    assert verdicts(result)["slow", "TPOT"] == "REGRESSED"
+    assert ours["rerun"] == []
+    [missing] = ours["not_run"]
+    assert missing["what"] == second.name
+    assert missing["why"] == turns.INTERRUPTED == said[-1]
+    assert len(killed) == 3  # rather than waited for
+
+
+def test_an_interruption_before_the_first_block_is_one_line(monkeypatch):
+    interrupted_in(monkeypatch, block=0)
+    with pytest.raises(turns.CannotRunError, match="interrupted"):
+        measured()
+
+
+def test_an_interruption_of_the_second_measurement_leaves_the_first(monkeypatch):
+    """The rerun's blocks are counted from another seed."""
+    interrupted_in(monkeypatch, block=13)
+    noisy = Arm("noisy", "", {"noise": 0.3})
+    result, _ = measured(noisy)
+    [_, compared] = result["vllm_ext"]["comparisons"]
+    assert (compared["n"], compared["verdict"]) == (12, "UNDECIDED")
+
+
 def test_an_engine_that_ends_loses_its_figures():
     result, _ = measured(Arm("ends", "", {"fails_in": 4}), Arm("a", ""))
     assert names(result) == [STOCK, CONTROL, "a"]

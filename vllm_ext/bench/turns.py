@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ BOOT_TIMEOUT = 1800.0  # seconds: a first boot on a GPU compiles
 BLOCK_TIMEOUT = 900.0
 TRACED_STEPS = 8
 SAYS_EVERY = 15.0  # seconds
+INTERRUPTED = "interrupted: what was measured before stands"
 
 Say = Callable[[str], None]
 
@@ -257,7 +259,10 @@ def evidence(
         try:
             bench.measure(cases)
             found.update(bench.found)
-        except CannotRunError as error:  # what was found before stands
+        except (CannotRunError, KeyboardInterrupt) as error:
+            # What was found before stands.
+            if isinstance(error, KeyboardInterrupt):
+                error = CannotRunError(INTERRUPTED)
             say(str(error))
             problems.append(error)
             for case, each in bench.found.items():
@@ -270,6 +275,9 @@ def evidence(
         engines.update(bench.engines)
         missing.extend(each for each in absent + bench.lost if each not in missing)
 
+    def stopped() -> bool:
+        return any(str(problem) == INTERRUPTED for problem in problems)
+
     def said() -> dict[str, Any]:
         summary = watch.summary()
         return assembled(kind, groups, found, lane, summary, states, command)
@@ -279,6 +287,8 @@ def evidence(
         for group in groups:
             ahead -= len(group.cases) * plan.blocks
             measure(group, group.cases, plan, ahead)
+            if stopped():
+                break
         if not found:
             raise problems[0]
         first = [
@@ -286,13 +296,13 @@ def evidence(
         ]
         more = Plan(2 * plan.blocks, plan.boots, plan.seed + 1)
         undecided = {each["case"] for each in first if each["verdict"] == "UNDECIDED"}
-        if more.blocks < pairs_needed(max(1, len(first))):
+        if stopped() or more.blocks < pairs_needed(max(1, len(first))):
             undecided = set()  # nor would twice as many decide anything
         if undecided:
             say(f"{len(undecided)} undecided, so again with twice the blocks")
         for group in groups:
             cases = [case for case in group.cases if case.name in undecided]
-            if cases:
+            if cases and not stopped():
                 measure(group, cases, more, 0)
     result = said()
     result["vllm_ext"] |= {
@@ -409,6 +419,7 @@ class Bench:
                 f"the engine of {arm.name}",
             )
             stack.callback(child.close)
+            stack.push(partial(_kill_if_interrupted, child))
             engines[arm.name] = child
             try:
                 made = child.ask(
@@ -556,6 +567,14 @@ class Bench:
         if seconds > 90:
             return f", about {seconds / 60:.0f} min left"
         return f", about {seconds:.0f} s left"
+
+
+def _kill_if_interrupted(
+    child: Child, error: type[BaseException] | None, *_: Any
+) -> None:
+    """Whoever interrupts does not wait for engines to end by themselves."""
+    if error is KeyboardInterrupt:
+        child.kill()
 
 
 def _refuse(found: Measured, name: str, why: str) -> None:
