@@ -357,6 +357,33 @@ def test_without_pytest_benchmark_it_says_what_to_install(
     )
 
 
+@pytest.mark.parametrize("seconds", [0.3, 60])
+def test_an_interruption_waits_for_what_pytest_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+):
+    """As long as its patience lasts; the interruption comes at the first line."""
+
+    class Interrupted:
+        def write(self, line: str) -> None:
+            raise KeyboardInterrupt
+
+    script = (
+        "import sys, time; print('[1] a case', file=sys.stderr, flush=True);"
+        f"time.sleep({seconds}); open('written', 'w').close(); sys.exit(2)"
+    )
+    monkeypatch.setattr(kernels, "PATIENCE", 10 if seconds < 1 else 0.3)
+    monkeypatch.setattr(sys, "stderr", Interrupted())
+    command = [sys.executable, "-c", script]
+    with (tmp_path / "log").open("w") as log:
+        if seconds > 1:
+            with pytest.raises(KeyboardInterrupt):
+                kernels._passed_on(command, tmp_path, os.environ, log)
+        else:
+            found = kernels._passed_on(command, tmp_path, os.environ, log)
+            assert found == (kernels.INTERRUPTED, [])
+    assert (tmp_path / "written").exists() == (seconds < 1)
+
+
 def test_it_needs_no_checkout_and_no_vllm(tmp_path: Path):
     """Installed in a folder of its own; a checkout's commit would be in the result."""
     source, site = tmp_path / "source", tmp_path / "site"

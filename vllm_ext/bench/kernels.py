@@ -28,7 +28,8 @@ python_files = bench_*.py
 python_functions = bench_*
 addopts = --import-mode=importlib -p no:cacheprovider -p pytest_benchmark.plugin -q -s
 """
-NOTHING_SELECTED, USAGE = 5, 4  # of pytest's exit statuses
+NOTHING_SELECTED, USAGE, INTERRUPTED = 5, 4, 2  # of pytest's exit statuses
+PATIENCE = 6.0  # seconds, for a pytest that was interrupted
 SHOWN_LINES = 3
 PROGRESS = "["  # how a line of it begins
 
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"vllm-ext: {error}", file=sys.stderr)
         return 1
     ours = result["vllm_ext"]
-    return 1 if ours["wrong"] or not ours["watch"]["valid"] else 0
+    bad = ours["wrong"] or ours["interrupted"] or not ours["watch"]["valid"]
+    return 1 if bad else 0
 
 
 def measure(select: str = "", *, full: bool = False, has_gpu: bool) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def measure(select: str = "", *, full: bool = False, has_gpu: bool) -> dict[str,
             )
         path = timed if timed.is_file() and timed.stat().st_size else found
         result: dict[str, Any] = json.loads(path.read_text())
+    result["vllm_ext"]["interrupted"] = status == INTERRUPTED
     return result
 
 
@@ -141,6 +144,13 @@ def _passed_on(
                     sys.stderr.write(line)
                 elif line.strip():
                     noise.append(line.strip())
+        except KeyboardInterrupt:
+            # Ctrl-C is for pytest too, which writes what it has; wait for that.
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise KeyboardInterrupt from None
         except BaseException:
             process.kill()
             raise
@@ -159,6 +169,8 @@ def table(result: Mapping[str, Any]) -> str:
         for each in ours["wrong"]
     ]
     watch = ours["watch"]
+    if ours["interrupted"]:
+        lines.append("interrupted: not all that was selected was run")
     if not watch["valid"]:
         lines.append(f"INVALID: {watch['reason']}")
     elif watch["reason"]:
