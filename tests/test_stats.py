@@ -137,6 +137,17 @@ def test_noise_leaves_it_undecided_and_too_few_samples_do_too(how):
     assert counted(how, 10, 1.5, 0.0001, 5) == {"UNDECIDED": 10}
 
 
+def test_noise_does_not_make_a_slowdown_the_same():
+    """A noisy control widens the tolerance, and 5 % more than stock stays 5 % more."""
+    found = Counter()
+    random = np.random.default_rng(11)
+    for _ in range(60):
+        stock, again, after = random.lognormal(0.0, 0.05, (3, 10))
+        wide = tolerance(paired_ratio(stock, again))
+        found[verdicts([paired(stock, 1.05 * after, wide)])[0]] += 1
+    assert found["SAME"] <= 3  # were it within the tolerance: 33
+
+
 def test_a_hundred_cases_do_not_show_a_regression_by_chance():
     """Without the correction, 2.5 of 100 cases at the tolerance would."""
     wrong = sum(

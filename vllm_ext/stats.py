@@ -164,7 +164,9 @@ def verdicts(cases: Sequence[Case]) -> list[Verdict]:
     the tolerance, and a test that says the same after Holm's correction for the number
     of cases: where nothing differs by more than the tolerance, at most one set of cases
     in twenty contains any such verdict. That takes a number of pairs, `pairs_needed`.
-    ``SAME`` needs an interval wholly within the tolerance. The rest is ``UNDECIDED``.
+    ``SAME`` needs an interval wholly within `LEAST_TOLERANCE`, however wide the
+    tolerance is: noise makes a difference harder to see, and not smaller. The rest is
+    ``UNDECIDED``.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
@@ -172,13 +174,14 @@ def verdicts(cases: Sequence[Case]) -> list[Verdict]:
     surprising = holm([case.chance for case in cases])
     for case, is_surprising in zip(cases, surprising, strict=True):
         above, below = 1 + case.tolerance, 1 / (1 + case.tolerance)
+        same = 1 + min(case.tolerance, LEAST_TOLERANCE)
         if not case.enough:
             found.append("UNDECIDED")
         elif case.ratio.low > above and is_surprising:
             found.append("REGRESSED")
         elif case.ratio.high < below and is_surprising:
             found.append("IMPROVED")
-        elif below < case.ratio.low and case.ratio.high < above:
+        elif 1 / same < case.ratio.low and case.ratio.high < same:
             found.append("SAME")
         else:
             found.append("UNDECIDED")
