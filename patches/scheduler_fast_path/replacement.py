@@ -43,8 +43,8 @@ from vllm_ext.patching.engine import step_aside
 NAME = "scheduler_fast_path"
 NEVER = sys.maxsize
 
-# Rows that save what it costs to evaluate a step in two parts.
-WORTH_A_SPLIT = 8
+# Rows that save what it costs to treat those of a step in two ways.
+WORTH_A_SPLIT = 16
 
 NOTHING_SCHEDULED = SchedulerOutput.make_empty()
 
@@ -124,6 +124,8 @@ def steady_schedule(
     def schedule(self: Scheduler, throttle_prefills: bool = False) -> SchedulerOutput:
         step = _steady_step(self)
         if step is None:
+            if len(self.running) < WORTH_A_SPLIT:
+                return original(self, throttle_prefills)
             with _asking_only_for_blocks(self):
                 return original(self, throttle_prefills)
 
@@ -318,7 +320,9 @@ def steady_update(
         scheduler_output: SchedulerOutput,
         model_runner_output: ModelRunnerOutput,
     ) -> dict[int, EngineCoreOutputs]:
-        if _kind(self).refused:
+        rows = len(scheduler_output.num_scheduled_tokens)
+        mixed = scheduler_output.total_num_scheduled_tokens != rows
+        if (mixed and rows < WORTH_A_SPLIT) or _kind(self).refused:
             return original(self, scheduler_output, model_runner_output)
         answers, rest = _one_token_each(self, scheduler_output, model_runner_output)
         if not answers or (rest and len(answers) < WORTH_A_SPLIT):
