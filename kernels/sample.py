@@ -249,6 +249,56 @@ def gumbel_reference(
     return -torch.log(torch.where(u < 0.25, u * series, far))
 
 
+def processed_reference(
+    logits: torch.Tensor, requests: Requests, seat: int, position: int
+) -> torch.Tensor:
+    """A row as it is when a token is drawn, in the order in which vLLM goes about it.
+
+    Args:
+        logits: ``[V]``.
+        requests: What the requests ask for.
+        seat: The row's request.
+        position: The row's.
+
+    Returns:
+        ``[V]`` float32, without noise; what min-p drops is minus infinity.
+    """
+    device = logits.device
+    tokens = torch.arange(logits.numel(), device=device)
+
+    def bits(plane: torch.Tensor) -> torch.Tensor:
+        return (plane[tokens // 32] >> tokens % 32 & 1).bool()
+
+    words = requests.params[seat].cpu()
+    floats = words.view(torch.float32)
+    flags = int(words[_FLAGS.value])
+    x = logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    if flags & _HAS_LIST.value:
+        entries = requests.listed[seat, : int(words[_LISTED.value])].long()
+        ids, stops = entries % STOP, entries >= STOP
+        values = x[ids] + requests.bias[seat, : len(entries)]
+        if position + 1 < int(words[_MIN_LENGTH.value]):
+            values[stops] = float("-inf")
+        if flags & _ONLY_LIST.value:
+            x = torch.full_like(x, float("-inf"))
+        x[ids] = values
+    if flags & _HAS_PENALTIES.value:
+        counts = requests.output_counts[seat, : logits.numel()]
+        used = bits(requests.prompt_bits[seat]) | (counts > 0)
+        repetition, frequency, presence = (
+            floats[word].to(device) for word in range(3, 6)
+        )
+        scale = torch.where(used, repetition, 1.0)
+        x = x * torch.where(x > 0, 1.0 / scale, scale)
+        x = x - frequency * counts - presence * (counts > 0)
+    if flags & _SAMPLES.value:
+        x = x / floats[_TEMPERATURE.value].to(device)
+        if flags & _HAS_MIN_P.value:
+            floor = x.max() + floats[_MIN_P.value].to(device).log()
+            x = torch.where(x < floor, float("-inf"), x)
+    return x
+
+
 def sample_reference(
     logits: torch.Tensor,
     num_rows: torch.Tensor,
@@ -258,46 +308,16 @@ def sample_reference(
     logits_indices: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """The definition of `sample`, in the order in which vLLM goes about it."""
-    vocab_size = logits.shape[1]
-    device = logits.device
-    tokens = torch.arange(vocab_size, device=device)
-
-    def bits(plane: torch.Tensor) -> torch.Tensor:
-        return (plane[tokens // 32] >> tokens % 32 & 1).bool()
-
+    """The definition of `sample`."""
+    tokens = torch.arange(logits.shape[1], device=logits.device)
     for row in range(min(int(num_rows), logits.shape[0])):
         seat = int(idx_mapping[row])
         if seat < 0:
             continue
         position = int(positions[logits_indices[row]])
+        x = processed_reference(logits[row], requests, seat, position)
         words = requests.params[seat].cpu()
-        floats = words.view(torch.float32)
-        flags = int(words[_FLAGS.value])
-        x = logits[row].float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
-        if flags & _HAS_LIST.value:
-            entries = requests.listed[seat, : int(words[_LISTED.value])].long()
-            ids, stops = entries % STOP, entries >= STOP
-            values = x[ids] + requests.bias[seat, : len(entries)]
-            if position + 1 < int(words[_MIN_LENGTH.value]):
-                values[stops] = float("-inf")
-            if flags & _ONLY_LIST.value:
-                x = torch.full_like(x, float("-inf"))
-            x[ids] = values
-        if flags & _HAS_PENALTIES.value:
-            counts = requests.output_counts[seat, :vocab_size]
-            used = bits(requests.prompt_bits[seat]) | (counts > 0)
-            repetition, frequency, presence = (
-                floats[word].to(device) for word in range(3, 6)
-            )
-            scale = torch.where(used, repetition, 1.0)
-            x = x * torch.where(x > 0, 1.0 / scale, scale)
-            x = x - frequency * counts - presence * (counts > 0)
-        if flags & _SAMPLES.value:
-            x = x / floats[_TEMPERATURE.value].to(device)
-            if flags & _HAS_MIN_P.value:
-                floor = x.max() + floats[_MIN_P.value].to(device).log()
-                x = torch.where(x < floor, float("-inf"), x)
+        if int(words[_FLAGS.value]) & _SAMPLES.value:
             seed = int(words.view(torch.int64)[_SEED.value // 2])
             x = x + gumbel_reference(seed, position, tokens)
         out[row] = (x == x.max()).int().argmax()

@@ -155,38 +155,6 @@ def kept_reference(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     return torch.zeros_like(kept).scatter_(0, order, kept)
 
 
-def _processed_reference(
-    logits: torch.Tensor, requests: Requests, seat: int, position: int
-) -> torch.Tensor:
-    """A row as it is when probabilities are made of it, float32, min-p applied."""
-    tokens = torch.arange(logits.numel(), device=logits.device)
-    words = requests.params[seat].cpu()
-    floats = words.view(torch.float32).to(logits.device)
-    flags = int(words[_FLAGS.value])
-    x = logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
-    if flags & _HAS_LIST.value:
-        entries = requests.listed[seat, : int(words[_LISTED.value])].long()
-        ids, stops = entries % plain.STOP, entries >= plain.STOP
-        values = x[ids] + requests.bias[seat, : len(entries)]
-        if position + 1 < int(words[_MIN_LENGTH.value]):
-            values[stops] = float("-inf")
-        if flags & _ONLY_LIST.value:
-            x = torch.full_like(x, float("-inf"))
-        x[ids] = values
-    if flags & _HAS_PENALTIES.value:
-        counts = requests.output_counts[seat, : len(x)]
-        prompt = (requests.prompt_bits[seat][tokens // 32] >> tokens % 32) & 1
-        repetition, frequency, presence = floats[3:6]
-        scale = torch.where(prompt.bool() | (counts > 0), repetition, 1.0)
-        x = x * torch.where(x > 0, 1.0 / scale, scale)
-        x = x - frequency * counts - presence * (counts > 0)
-    if flags & _SAMPLES.value:
-        x = x / floats[_TEMPERATURE.value]
-    if flags & _HAS_MIN_P.value:
-        x[x < x.max() + floats[_MIN_P.value].log()] = float("-inf")
-    return x
-
-
 def sample_top_k_top_p_reference(
     logits: torch.Tensor,
     num_rows: torch.Tensor,
@@ -204,7 +172,7 @@ def sample_top_k_top_p_reference(
         position = int(positions[logits_indices[row]])
         words = requests.params[seat].cpu()
         flags = int(words[_FLAGS.value])
-        x = _processed_reference(logits[row], requests, seat, position)
+        x = plain.processed_reference(logits[row], requests, seat, position)
         if flags & _SAMPLES.value:
             k = int(words[_K.value]) if flags & _HAS_K.value else x.numel()
             p = float(words.view(torch.float32)[_P.value])

@@ -56,12 +56,12 @@ def at_the_end_of_p(module: Any, fenced: Any) -> None:
     """Four equal tokens and ``p`` of a half: two are kept, by either way."""
     logits = torch.full((4, WIDTH), -1e4)
     logits[:, [3, 90, 200, 310]] = 1.0
-    seats = torch.arange(40) % 4
+    seats = torch.arange(24) % 4
     batch = [
         *(Filtered(1.0, 1, top_p=0.5), Filtered(1.0, 2, top_k=4, top_p=0.5)),
         *(Filtered(1.0, 3, top_p=1e-9), Filtered(1.0, 4, top_k=2)),
     ]
-    positions = torch.arange(40) * 7
+    positions = torch.arange(24) * 7
     tokens = run(
         *(logits[seats], batch, fenced), module=module, seats=seats, positions=positions
     )
