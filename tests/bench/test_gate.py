@@ -105,6 +105,22 @@ def test_a_broken_file_or_one_without_common_cases_exits_2(keep, tmp_path, capsy
     assert "no case in common" in capsys.readouterr().err
 
 
+def test_a_case_that_the_run_has_lost_exits_2(keep, capsys):
+    """An arm with wrong tokens has no figures: the rest must not pass for it."""
+    new, old = engine_result(1, all=0.9), engine_result(all=0.9)
+    ours = new["vllm_ext"]
+    ours["comparisons"] = [
+        each for each in ours["comparisons"] if "batch 8" not in each["case"]
+    ]
+    files = keep(new, "new"), keep(old, "old")
+    assert main(["bench", "gate", files[0], "--baseline", files[1]]) == 2
+    said = capsys.readouterr().out
+    assert "INVALID    tiny, S0, batch 8, TPOT, all: ratio 0.89" in said
+    assert "the result has no such case" in said
+    assert "1 INVALID, 1 SAME" in said
+    assert main(["bench", "gate", files[1], "--baseline", files[0]]) == 0
+
+
 def test_a_baseline_is_replaced_with_a_reason_only(keep, capsys):
     new, old = (
         keep(engine_result(1, all=0.95), "new"),

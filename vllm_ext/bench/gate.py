@@ -5,7 +5,8 @@ case's ratio of an arm to stock, both measured side by side in one run, against 
 same ratio of the baseline. A slower machine slows both sides and changes nothing.
 
 Exit status: 1 if a case REGRESSED; 2 if nothing can be said: a run that is INVALID, a
-file that cannot be read, a baseline of another machine, no case in common. UNDECIDED
+file that cannot be read, a baseline of another machine, a case of the baseline that the
+run has not, since what gives wrong answers has no figures either. UNDECIDED
 is printed and passes: the run was too short or too noisy to tell.
 """
 
@@ -61,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
 def judge(
     baseline: Mapping[str, Any], result: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Every comparison that both have, controls left out.
+    """Every comparison of the baseline, controls left out.
 
     Returns:
         ``case``, ``metric``, ``arm``, ``against``; ``before`` and ``after``, the
-        ratios; ``change``, their ratio, with ``ci95``; ``verdict`` and ``reason``.
+        ratios; ``change``, their ratio, with ``ci95``; ``verdict`` and ``reason``. What
+        the result has not is INVALID, and ``after``, ``change`` and ``ci95`` are None.
 
     Raises:
         NotComparableError: They are not of one machine, or have nothing in common.
@@ -83,7 +85,18 @@ def judge(
         )
         for each in common
     ]
-    found = []
+    nothing = {"after": None, "change": None, "ci95": None}
+    found: list[dict[str, Any]] = [
+        {
+            **dict(zip(("case", "metric", "arm", "against"), each, strict=True)),
+            "before": old[each]["ratio"],
+            **nothing,
+            "verdict": "INVALID",
+            "reason": "the result has no such case",
+        }
+        for each in old
+        if each not in new
+    ]
     for each, case, verdict in zip(common, cases, stats.verdicts(cases), strict=True):
         unfit = [
             f"{which}: {side[each]['reason']}"
@@ -113,13 +126,18 @@ def table(found: list[dict[str, Any]]) -> str:
     order = ("REGRESSED", "INVALID", "UNDECIDED", "IMPROVED", "SAME")
     lines = []
     for each in sorted(found, key=lambda each: order.index(each["verdict"])):
-        low, high = each["ci95"]
         reason = f": {each['reason']}" if each["reason"] else ""
-        lines.append(
+        line = (
             f"{each['verdict']:<10} {each['case']}, {each['metric']}, {each['arm']}: "
-            f"ratio {each['before']:.3f} -> {each['after']:.3f}, "
-            f"change {each['change']:.3f} ({low:.3f}-{high:.3f}){reason}"
+            f"ratio {each['before']:.3f}"
         )
+        if each["ci95"]:
+            low, high = each["ci95"]
+            line += (
+                f" -> {each['after']:.3f}, "
+                f"change {each['change']:.3f} ({low:.3f}-{high:.3f})"
+            )
+        lines.append(line + reason)
     counts = [
         f"{sum(each['verdict'] == verdict for each in found)} {verdict}"
         for verdict in order
