@@ -45,7 +45,7 @@ WAYS = [
 def test_draws_what_the_definition_draws(kind, device, fenced, poisoned):
     """Rows of every kind in one launch."""
     number = KINDS.index(kind)
-    batch = every_filter(WIDTH)[number % 4 :: 4]
+    batch = every_filter(WIDTH)[number % 5 :: 5]
     logits = logits_of(kind, len(batch), WIDTH, number).to(device)
     if kind not in ("denormal", "largest"):
         logits = logits.to(DTYPES[number % 3])  # it rounds those to 0 and infinity
@@ -76,7 +76,7 @@ def stock_mask(stock):
         return importlib.import_module(name).apply_top_k_top_p_triton
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "one stands out", "ascending"])
+@pytest.mark.parametrize("kind", ["normal", "ties", "one stands out"])
 def test_draws_what_stock_draws(kind, device, fenced, stock, stock_mask):
     """Its functions one after the other, as its sampler calls them."""
     batch = [
@@ -171,7 +171,7 @@ def test_at_any_temperature(temperature, device, fenced):
     assert tokens.tolist() == reference(logits, batch, fenced).tolist()
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "nearly flat"])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_all_ways_lead_to_the_same_token(kind, device, fenced):
     """However a row is split; with room for all candidates, and with room for few."""
     logits = logits_of(kind, len(WAYS), WIDTH, 5).to(device)
@@ -237,7 +237,7 @@ def test_a_row_never_sees_its_neighbour(device, fenced):
     seats = torch.arange(2 * len(WAYS)) // 2
     crowded = run(crowd, WAYS, fenced, seats=seats, positions=seats * 5 + 3)
     assert crowded.tolist()[::2] == together
-    for row in (0, 2):
+    for row in (0, 2, 4):
         seat = torch.tensor([row])
         alone = run(
             *(logits[row : row + 1], WAYS, fenced), seats=seat, positions=seat * 5 + 3
