@@ -333,6 +333,14 @@ def test_the_kernels_of_a_decode_step_are_all_looked_at(stock):
     everywhere = {"greedy", "temperature", "filtered", "penalties", "logprobs"}
     everywhere |= set(kernels.MORE_MODES)
     drawn = {"temperature", "filtered", "penalties", "min-p"}
+    # The turnover samples as greedy does, and prefills in every step.
+    prefills = {name for name, where in modes.items() if where == {"turnover"}}
+    assert prefills == {"_prepare_prefill_inputs_kernel"}
+    modes = {
+        name: where - {"turnover"}
+        for name, where in modes.items()
+        if name not in prefills
+    }
     assert {name: where for name, where in modes.items() if where != everywhere} == {
         "_temperature_kernel": drawn,
         "_topk_topp_kernel": {"filtered", "penalties"},
