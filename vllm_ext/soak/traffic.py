@@ -141,7 +141,7 @@ class Mix:
     outputs: Sequence[int]
     early: float = 0.5  # share of requests that may stop by themselves
     aborts: float = 0.1
-    events: float = 0.02
+    events: float = 0.04
     setup: dict[str, Sequence[object]] = field(default_factory=dict)
 
 
@@ -231,7 +231,8 @@ def _arrivals(
 
 def _events(choose: random.Random, kind: Mix, steps: int) -> Iterator[Event]:
     kinds = (
-        *("reset", "preempt", "stall", "stall", "stall", "pause", "hold", "drain"),
+        *("reset", "preempt", "stall", "stall", "stall", "pause", "hold"),
+        *("drain", "drain", "drain"),
         *("throttle", "throttle"),
     )
     for step in range(steps):
