@@ -78,6 +78,17 @@ def test_the_traffic_was_worth_it(found):
 
 
 @pytest.mark.vllm
+def test_no_step_of_traffic_differs_that_is_seldom_drawn(found):
+    assert set(found["special"].values()) == {None}, found["special"]
+
+
+@pytest.mark.vllm
+def test_an_error_of_stocks_leaves_everything_in_place(found):
+    as_it_was = [["r0"], False]
+    assert found["after an error"] == {"steady": as_it_was, "other": as_it_was}
+
+
+@pytest.mark.vllm
 def test_what_is_not_vllms_own_is_refused_before_it_is_looked_at(found):
     assert found["strangers"] == {
         "scheduler": "scheduler from elsewhere",

@@ -3,16 +3,18 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
 
 import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_ext.patches.scheduler_fast_path import replacement
 from vllm_ext.soak import traffic, twins
+from vllm_ext.soak.traffic import Arrival, Event, Setup, Traffic
 from vllm_ext_cpulane.engine import report
 
 Row = replacement.Row
@@ -126,7 +128,62 @@ def never_preempted(row: Any, scheduler: Any) -> None:
     row.preemptions = Anything()
 
 
+def resumed_unheard(row: Any, scheduler: Any) -> None:
+    row.answered |= row.preemptions > 0
+
+
+class Everything(set[str]):
+    def issuperset(self, other: object) -> bool:
+        return True
+
+
+@contextmanager
+def seeing(name: str, instead: object) -> Iterator[None]:
+    """While a step is looked at, the scheduler's field ``name`` is another."""
+    steady = replacement._steady_step
+
+    def step(self: Any) -> Any:
+        kept = getattr(self, name)
+        setattr(self, name, instead)
+        try:
+            return steady(self)
+        finally:
+            setattr(self, name, kept)
+
+    with mock.patch.object(replacement, "_steady_step", step):
+        yield
+
+
+# Traffic that random traffic seldom is, by what would go wrong in it.
+SPECIAL = {
+    # An abort has a paused scheduler called. Then it forgets what it scheduled last.
+    name: Traffic(
+        Setup(second=second),
+        30,
+        (Arrival(0, 0, 3, 30), Arrival(1, 0, 3, 30, aborted=6)),
+        (Event(5, "pause"), Event(9, "resume")),
+    )
+    for name, second in (("scheduled in a pause", True), ("history forgotten", False))
+} | {
+    "a last chunk taken for a token": Traffic(
+        Setup(budget=8, seats=4), 20, (Arrival(0, 0, 9),)
+    ),
+    # The first is preempted for the second, and resumes at its last token.
+    "a resumption not told": Traffic(
+        Setup(priority=True, blocks=6),
+        40,
+        (Arrival(0, 0, 7, 20, priority=2), Arrival(1, 1, 8, 3)),
+    ),
+    "a chunk without blocks": Traffic(
+        Setup(ahead=False, caching=False, budget=6, seats=4), 20, (Arrival(0, 0, 20),)
+    ),
+}
+
 PLANTED: dict[str, Any] = {
+    "scheduled in a pause": lambda: seeing("_pause_state", PauseState.UNPAUSED),
+    "history forgotten": lambda: seeing("prev_step_scheduled_req_ids", Everything()),
+    "a last chunk taken for a token": lambda: seeing("_inflight_prefills", set()),
+    "a resumption not told": lambda: learning(resumed_unheard),
     "a block not allocated": lambda: learning(no_block),
     "a stop missed": lambda: learning(no_stop),
     "the end missed": lambda: learning(no_end),
@@ -148,8 +205,8 @@ def found(most: int) -> dict[str, Any]:
     for name, plant in PLANTED.items():
         looks[name] = None
         with plant():
-            for seed in range(most):
-                whole = traffic.random_traffic(seed, STEPS)
+            drawn = (traffic.random_traffic(seed, STEPS) for seed in range(most))
+            for seed, whole in enumerate([SPECIAL[name]] if name in SPECIAL else drawn):
                 if twins.failing_step(whole) is None:
                     continue
                 small = traffic.smallest(whole, twins.failing_step)
@@ -174,6 +231,29 @@ class Elsewhere(Scheduler):
         self.running = []
 
 
+def after_an_error() -> dict[str, list[Any]]:
+    """By kind of step: who runs, and whether a stand-in was left, once stock failed."""
+    left = {}
+    for name, waiting in (("steady", False), ("other", True)):
+        side = twins.Side(Setup(ahead=False), patched=True)
+        scheduler, manager = side.scheduler, side.scheduler.kv_cache_manager
+        side.add(Arrival(0, 0, 3))
+        scheduled = scheduler.schedule()
+        made = twins._plan(scheduler, scheduled).output()
+        scheduler.update_from_output(scheduled, made)
+        if waiting:
+            side.add(Arrival(1, 1, 3))
+        with (
+            mock.patch.object(replacement, "WORTH_A_SPLIT", 1),
+            mock.patch.object(manager, "new_step_starts", side_effect=OSError),
+            suppress(OSError),
+        ):
+            scheduler.schedule()
+        running = [request.request_id for request in scheduler.running]
+        left[name] = [running, "allocate_slots" in vars(manager)]
+    return left
+
+
 def strangers() -> dict[str, str]:
     """Why each of these is left to stock code."""
     managed = twins.Side(traffic.Setup(), patched=False).scheduler
@@ -187,6 +267,9 @@ def strangers() -> dict[str, str]:
 if __name__ == "__main__":
     first, count, most = map(int, sys.argv[1:])
     answer = {"vllm": vllm.__version__, "same": twins.compare(first, count, STEPS)}
-    answer["strangers"] = strangers()
+    answer["special"] = {
+        name: twins.failing_step(each) for name, each in SPECIAL.items()
+    }
+    answer["strangers"], answer["after an error"] = strangers(), after_an_error()
     answer["planted"] = found(most) if most else {}
     report(json.loads(json.dumps(answer)))
