@@ -30,7 +30,7 @@ def ours(case: Case, device: str) -> Provider:
     """`vllm_ext.kernels`, which have to draw the tokens of vLLM's own kernels."""
     sampling = case.sampling
     if sampling.logprobs is not None:
-        raise NotRun("vllm_ext.kernels has no logprobs")
+        raise NotRun("logprobs have a launch of their own: see bench_logprobs")
     filters = sampling.top_k > 0 or sampling.top_p < 1
     kernel = top_k_top_p.sample_top_k_top_p if filters else sample.sample
     scratch = (top_k_top_p if filters else sample).make_scratch(

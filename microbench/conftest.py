@@ -411,6 +411,7 @@ def document(found: Session, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _report(found: Session) -> dict[str, Any]:
     return {
         "timed": found.device is not None,
+        "interrupted": False,
         "parity": found.parity,
         "not_run": found.not_run,
         "wrong": found.wrong,

@@ -133,14 +133,29 @@ def test_a_baseline_is_replaced_with_a_reason_only(keep, capsys):
     assert main(arguments) == 0
 
 
-def test_an_invalid_run_does_not_become_a_baseline(keep, capsys):
-    unfit, old = (
-        keep(engine_result(control=1.03), "unfit"),
-        keep(engine_result(), "old"),
-    )
+def unfit_watch(result):
+    result["vllm_ext"]["watch"] = {"valid": False, "reason": "throttled"}
+
+
+def no_comparison(result):
+    result["vllm_ext"]["comparisons"] = []
+
+
+@pytest.mark.parametrize(
+    ("control", "change", "why"),
+    [
+        (1.03, lambda result: None, "stock against stock shows a difference"),
+        (1.0, unfit_watch, "throttled"),
+        (1.0, no_comparison, "it compares nothing"),
+    ],
+)
+def test_an_invalid_run_does_not_become_a_baseline(keep, capsys, control, change, why):
+    result = engine_result(control=control)
+    change(result)
+    unfit, old = keep(result, "unfit"), keep(engine_result(), "old")
     arguments = ["bench", "gate", unfit, "--baseline", old, "--accept", "because"]
     assert main(arguments) == 2
-    assert "is no baseline" in capsys.readouterr().err
+    assert f"is no baseline ({why}" in capsys.readouterr().err
     assert "accepted" not in json.loads(Path(old).read_text())["vllm_ext"]
 
 

@@ -82,13 +82,22 @@ def test_an_arm_brings_what_it_is_compared_with():
     def names(known, *arguments):
         return [arm.name for arm in linkedin.chosen(known, parse(*arguments))]
 
-    assert names(GRAPHS, "--arms", "A2") == ["A1", "A2"]
+    assert names(GRAPHS, "--arms", "A2") == ["A1", "A2", CONTROL]
+    assert names(GRAPHS, "--arms", "A2", "--no-control") == ["A1", "A2"]
     assert names(GRAPHS, "--arms", "A4-decode_counts") == [
         *("A3", CONTROL, "A4-decode_counts")
     ]
     assert names(GRAPHS, "--arms", "A4", "--no-control") == ["A3", "A4"]
     assert names(PENALTIES, "--arms", "A4") == []
     assert names(GRAPHS) == ["A0", "A1", "A2", "A3", CONTROL, "A3i", "A4"]
+
+
+def test_the_control_is_what_it_is_compared_with():
+    """A headline of A1 and A2 alone has one too: before, once more."""
+    *_, control = linkedin.chosen(GRAPHS, parse("--arms", "A2"))
+    assert (control.name, control.against, control.same_tokens) == (CONTROL, "A1", True)
+    assert control.arguments == GRAPHS["A1"].arguments
+    assert control.environment == GRAPHS["A1"].environment
 
 
 # -- the old penalties -------------------------------------------------------------
@@ -163,9 +172,14 @@ def test_a_headline_is_reproduced_when_every_interval_is_clear_of_none(
     compared, verdict
 ):
     graphs, _ = HEADLINES
-    said = linkedin.judged(graphs, found("GPU engine", *compared))
+    control = (CONTROL, 1.0, 0.99, 1.01, "SAME")
+    said = linkedin.judged(graphs, found("GPU engine", *compared, control))
     assert said["verdict"] == verdict
     assert said["published_percent"] == 7
+    alone = linkedin.judged(graphs, found("GPU engine", *compared))
+    assert alone["verdict"] == "not run"
+    if verdict != "not run":
+        assert "no second stock engine" in alone["why"]
 
 
 def test_percent_less_has_its_interval_the_right_way_round():

@@ -129,6 +129,10 @@ def test_pytest_benchmarks_readers_find_what_they_look_for():
 def test_it_says_of_which_code_it_is():
     ours = engine_result()["vllm_ext"]
     assert set(ours["digests"]) == {patch.name for patch in SERIES}
+    assert {"sample", "logprobs", "top_k_top_p"} <= ours["kernels"].keys()
+    assert len({*ours["digests"].values(), *ours["kernels"].values()}) == len(
+        [*ours["digests"], *ours["kernels"]]
+    )
     assert ours["machine"].keys() == machine.describe().keys()
     assert ours["command"] == ["vllm-ext", "bench", "engine"]
 

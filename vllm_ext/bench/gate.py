@@ -147,19 +147,22 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def _accept(result: dict[str, Any], baseline: Path, reason: str) -> int:
-    unfit = [
-        each
-        for each in result["vllm_ext"]["comparisons"]
-        if each["verdict"] == "INVALID"
+    ours = result["vllm_ext"]
+    watch = ours["watch"]
+    whys = [
+        each["reason"] for each in ours["comparisons"] if each["verdict"] == "INVALID"
     ]
-    if unfit:
-        why = unfit[0]["reason"]
+    if watch and not watch["valid"]:
+        whys.append(watch["reason"])
+    if not _comparisons(result):
+        whys.append("it compares nothing")
+    if whys:
         print(
-            f"vllm-ext: INVALID: an invalid run is no baseline ({why})",
+            f"vllm-ext: INVALID: an invalid run is no baseline ({whys[0]})",
             file=sys.stderr,
         )
         return INVALID
-    result["vllm_ext"]["accepted"] = reason
+    ours["accepted"] = reason
     jsonfile.write(baseline, result)
     print(f"{baseline} is the baseline now: {reason}")
     return 0

@@ -15,6 +15,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vllm_ext.bench.arms import GRAPHS, HEADLINES, PENALTIES, Arm, Headline
@@ -72,17 +73,30 @@ def _bench(args: argparse.Namespace, say: Say) -> int:
 
 
 def chosen(known: Mapping[str, Arm], args: argparse.Namespace) -> list[Arm]:
-    """The arms of a group that were asked for, with those they are compared with."""
+    """The arms of a group that were asked for, and those they are compared with.
+
+    One of them runs once more as the control: the group's own, or the first that is
+    compared with none.
+    """
     wanted = [
         name
         for name in known
         if (name in args.arms if args.arms else not name.startswith("A4-"))
     ]
     wanted = [name for name in wanted if name != CONTROL]
-    with_partners = {*wanted, *(known[name].against for name in wanted)}
-    if args.control and known[CONTROL].against in with_partners:
-        with_partners.add(CONTROL)
-    return [arm for name, arm in known.items() if name in with_partners]
+    names = {*wanted, *(known[name].against for name in wanted)} - {""}
+    if not args.control or not names:
+        return [arm for name, arm in known.items() if name in names]
+    if known[CONTROL].against in names:
+        names.add(CONTROL)
+        return [arm for name, arm in known.items() if name in names]
+    arms = [arm for name, arm in known.items() if name in names]
+    first = next(arm for arm in arms if arm.against not in names)
+    again = f"{first.name} once more"
+    control = replace(
+        first, name=CONTROL, what=again, against=first.name, same_tokens=True
+    )
+    return [*arms, control]
 
 
 def judged(headline: Headline, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +117,9 @@ def judged(headline: Headline, result: Mapping[str, Any]) -> dict[str, Any]:
         for each in ours["comparisons"]
         if each["arm"] in headline.arms and each["metric"] == "TPOT"
     ]
+    controlled = {
+        each["case"] for each in ours["comparisons"] if each["arm"] == CONTROL
+    }
     why = next(
         (each["why"] for each in ours["not_run"] if each["arm"] in headline.arms), ""
     )
@@ -111,6 +128,8 @@ def judged(headline: Headline, result: Mapping[str, Any]) -> dict[str, Any]:
         why = "nothing waits for a device on a CPU, and it has no CUDA graphs"
     elif not found:
         verdict, why = NOT_MEASURED, why or "not asked for"
+    elif not controlled >= {each["case"] for each in found}:
+        verdict, why = NOT_MEASURED, "no second stock engine to show what chance does"
     elif all(each["valid"] and each["ci95"][0] > 0 for each in found):
         verdict = REPRODUCED
     else:

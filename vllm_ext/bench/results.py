@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from vllm_ext import jsonfile, machine
+from vllm_ext import jsonfile, kernels, machine
 from vllm_ext.patches import FINGERPRINTS, SERIES
 from vllm_ext.stats import (
     Case,
@@ -39,6 +39,7 @@ from vllm_ext.stats import (
 
 RESULTS = machine.CHECKOUT / "microbench" / "results"
 PATCHES = FINGERPRINTS.parent
+KERNELS = Path(kernels.__file__).parent
 SCHEMA = 1
 CONTROL = "control"  # the arm that is stock once more
 MEASURED = ("kernels", "engine", "linkedin")
@@ -205,6 +206,9 @@ def block(
         "machine": dict(here),
         "patches": [dict(each) for each in patches],
         "digests": {patch.name: digest(patch.name) for patch in SERIES},
+        "kernels": {
+            path.stem: _digest([path]) for path in sorted(KERNELS.glob("[!_]*.py"))
+        },
         "watch": dict(watch) if watch else None,
         "comparisons": [dict(each) for each in judged],
     }
@@ -311,8 +315,12 @@ def key(result: Mapping[str, Any]) -> dict[str, str | None]:
 
 def digest(patch: str) -> str:
     """Of the code of a patch: 16 digits."""
+    return _digest(sorted((PATCHES / patch).glob("*.py")))
+
+
+def _digest(files: Sequence[Path]) -> str:
     code = hashlib.sha256()
-    for file in sorted((PATCHES / patch).glob("*.py")):
+    for file in files:
         code.update(file.name.encode() + file.read_bytes())
     return code.hexdigest()[:16]
 
