@@ -10,6 +10,7 @@ An arm's ``arguments`` say how it behaves:
 ``fails_in`` the seed of the block in which its process ends
 ``boots``    if false, it cannot be built
 ``patches``  what it says of its patches
+``patches_in`` how many seconds it takes to say so
 ``says``     what it says of itself that is not so
 """
 
@@ -78,6 +79,7 @@ def main():
         }
 
     def patches():
+        time.sleep(settings.get("patches_in", 0))
         return settings.get("patches", [])
 
     asked |= {"boot": boot, "closed": closed, "arrivals": arrivals}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,7 @@ from vllm_ext.patches import SERIES
 
 FAKE = Lane(False, {"PYTHONPATH": str(Path(__file__).parent)}, module="engine_fake")
 CASE = Case("tiny", "S0", 16, 8, batch=4)
+IN_USE = {"name": "x", "state": "in use", "reason": ""}
 STOCKS = (Arm(STOCK, "", against=""), Arm(CONTROL, ""))
 
 
@@ -29,7 +31,13 @@ def parse(*arguments):
 
 
 def measured(
-    *others, blocks=12, cases=(CASE,), boots=1, stock=STOCKS[0], control=STOCKS[1]
+    *others,
+    blocks=12,
+    cases=(CASE,),
+    boots=1,
+    stock=STOCKS[0],
+    control=STOCKS[1],
+    until=math.inf,
 ):
     """What a run with fake engines finds; what it said."""
     said = []
@@ -41,7 +49,7 @@ def measured(
     result = turns.evidence(
         "engine",
         [Group(drawn, cases)],
-        Plan(blocks, boots),
+        Plan(blocks, boots, until=until),
         FAKE,
         say=said.append,
         command=["bench", "engine"],
@@ -353,7 +361,7 @@ def test_what_was_measured_before_an_interruption_stands(monkeypatch):
     assert verdicts(result)["slow", "TPOT"] == "REGRESSED"
     assert ours["rerun"] == []
     [missing] = ours["not_run"]
-    assert missing["what"] == second.name
+    assert missing["what"] == f"{CASE.name} after 7 of 12 blocks, {second.name}"
     assert missing["why"] == turns.INTERRUPTED == said[-1]
     assert len(killed) == 3  # rather than waited for
 
@@ -371,6 +379,113 @@ def test_an_interruption_of_the_second_measurement_leaves_the_first(monkeypatch)
     result, _ = measured(noisy)
     [_, compared] = result["vllm_ext"]["comparisons"]
     assert (compared["n"], compared["verdict"]) == (12, "UNDECIDED")
+    assert result["vllm_ext"]["rerun"] == []
+    [missing] = result["vllm_ext"]["not_run"]
+    assert missing["what"] == f"{CASE.name} once more"
+
+
+UNFIT = [{"name": "x", "state": "skipped", "reason": "it does not fit"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"patches": UNFIT}, "x is skipped: it does not fit"),
+        ({"patches_in": 60}, "it did not tell whether it was patched"),
+    ],
+)
+def test_what_is_kept_of_an_interruption_was_patched(monkeypatch, arguments, why):
+    """Ctrl-C while an engine works: its answer to the block comes first."""
+    monkeypatch.setattr(turns, "HASTE", 0.5)
+    hear = turns.Child.hear
+    heard = Counter()
+
+    def interrupted(child, timeout=300):
+        heard[child.name] += 1
+        if heard[child.name] == 10 and "bad" in child.name:
+            raise KeyboardInterrupt
+        return hear(child, timeout)
+
+    monkeypatch.setattr(turns.Child, "hear", interrupted)
+    good = Arm("good", "", {"patches": [IN_USE]}, patches="x")
+    result, _ = measured(good, Arm("bad", "", arguments, patches="x"))
+    assert set(names(result)) == {STOCK, CONTROL, "good"}
+    [refused] = result["vllm_ext"]["refused"]
+    assert (refused["arm"], refused["why"]) == ("bad", why)
+
+
+class Hours:
+    """A clock that each question to an engine puts forward."""
+
+    def __init__(self, monkeypatch, **seconds):
+        self.now = 0.0
+        self.asked = Counter()
+        monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=lambda: self.now))
+        ask = turns.Child.ask
+
+        def slow(child, what, timeout=300, **details):
+            self.asked[what] += 1
+            self.now += seconds.get(what, 0)
+            return ask(child, what, timeout, **details)
+
+        monkeypatch.setattr(turns.Child, "ask", slow)
+
+
+def test_it_ends_in_time_and_says_what_was_not_run(monkeypatch):
+    """Boots of 3 x 10 s, warm-up and blocks of 3 x 2 s: after 71 s five blocks."""
+    clock = Hours(monkeypatch, boot=10, closed=2)
+    slow = Arm("slow", "", {"slow": 1.5, "patches": [IN_USE]}, patches="x")
+    second = replace(CASE, batch=8)
+    result, said = measured(slow, cases=(CASE, second), until=71)
+    ours = result["vllm_ext"]
+    assert clock.now == 66
+    assert {each["stats"]["rounds"] for each in result["benchmarks"]} == {5}
+    [missing] = ours["not_run"]
+    assert missing["what"] == f"{CASE.name} after 5 of 12 blocks, {second.name}"
+    assert missing["why"] == turns.LATE == said[-1]
+    assert ours["patches"] == [{"arm": "slow", **IN_USE}]  # it was asked
+
+
+def test_an_arm_that_was_not_patched_has_no_figure_when_time_ends(monkeypatch):
+    Hours(monkeypatch, boot=10, closed=2)
+    result, _ = measured(Arm("a", "", {"patches": UNFIT}, patches="x"), until=71)
+    assert names(result) == [STOCK, CONTROL]
+
+
+def test_a_boot_for_which_no_time_is_left_is_not_begun(monkeypatch):
+    """Six blocks end after 72 s; boot, warm-up and block would end after 114."""
+    clock = Hours(monkeypatch, boot=10, closed=2)
+    result, _ = measured(Arm("a", ""), boots=2, until=113)
+    assert clock.now == 72
+    assert clock.asked["boot"] == 3
+    assert {each["stats"]["rounds"] for each in result["benchmarks"]} == {6}
+
+
+def test_a_second_measurement_is_begun_only_if_it_can_end(monkeypatch):
+    """The first ends after 108 s; the second is 30 + 2 x 78 s long at most."""
+    noisy = Arm("noisy", "", {"noise": 0.3})
+    clock = Hours(monkeypatch, boot=10, closed=2)
+    result, said = measured(noisy, until=293)
+    assert clock.now == 108
+    [missing] = result["vllm_ext"]["not_run"]
+    assert missing["what"] == f"{CASE.name} once more"
+    assert missing["why"] == turns.LATE == said[-1]
+    assert result["vllm_ext"]["rerun"] == []
+    clock.now = 0
+    result, _ = measured(noisy, until=295)
+    assert result["vllm_ext"]["rerun"] == [CASE.name]
+
+
+def test_no_time_at_all_is_one_line(fake_lane, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "math", SimpleNamespace(inf=-1.0))
+    assert engine.run(parse("--batch", "1", "--blocks", "12")) == 1
+    assert capsys.readouterr().err.count(turns.LATE) == 1
+
+
+def test_engines_that_do_not_fit_are_said_once(fake_lane, monkeypatch, capsys):
+    monkeypatch.setattr(turns, "free_memory", lambda has_gpu: 1e9)
+    assert engine.run(parse("--batch", "1")) == 1
+    assert capsys.readouterr().err.count("do not fit") == 1
 
 
 def test_an_engine_that_ends_loses_its_figures():
@@ -662,6 +777,8 @@ def test_without_vllm_it_is_one_line(monkeypatch, capsys):
         (("--sampling", "S9"), "no sampling set S9; there are S0, S1"),
         (("--rate", "0"), "a rate is above 0 requests/s"),
         (("--rate", "nan"), "a rate is above 0 requests/s"),
+        (("--rate", "1,abc"), "1,abc: a rate is above 0 requests/s"),
+        (("--seconds", "0"), "0 is not 1 or more"),
         (("--batch", "0"), "a batch has at least one request"),
         (("--output", "1"), "two tokens or more"),
         (("--blocks", "0"), "0 is not 1 or more"),

@@ -4,6 +4,7 @@ How it is measured says `vllm_ext.bench.turns`.
 """
 
 import argparse
+import math
 import sys
 import textwrap
 import time
@@ -93,6 +94,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="boots of the engines over which the blocks are spread; as many as "
         "blocks makes every block a fresh process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help="begin nothing that would end later; what is left is listed as not run",
     )
     parser.add_argument(
         "--control",
@@ -223,7 +230,8 @@ def plan_of(
     blocks: int = args.blocks or max(BLOCKS, needed)
     if blocks < needed:
         say(f"{blocks} blocks decide nothing here, where it takes {needed} or more")
-    return Plan(blocks, min(args.boots, blocks), args.seed)
+    until = time.monotonic() + (args.seconds or math.inf)
+    return Plan(blocks, min(args.boots, blocks), args.seed, until)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -326,8 +334,11 @@ def names_of(known: Mapping[str, Any], what: str) -> Callable[[str], tuple[str, 
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    rates = tuple(float(part) for part in text.split(","))
-    if not all(0 < rate < float("inf") for rate in rates):
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        rates = (math.nan,)
+    if not all(0 < rate < math.inf for rate in rates):
         raise argparse.ArgumentTypeError(f"{text}: a rate is above 0 requests/s")
     return rates
 

@@ -14,12 +14,13 @@ gives them, in every block, or the arm has no figures.
 """
 
 import importlib.util
+import math
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
@@ -41,9 +42,16 @@ BOOT_TIMEOUT = 1800.0  # seconds: a first boot on a GPU compiles
 BLOCK_TIMEOUT = 900.0
 TRACED_STEPS = 8
 SAYS_EVERY = 15.0  # seconds
+PATCHES_TIMEOUT = 300.0
+HASTE = 3.0  # for all engines together, when somebody waits for the end
 INTERRUPTED = "interrupted: what was measured before stands"
+LATE = "no time was left: what was measured before stands"
 
 Say = Callable[[str], None]
+
+
+class EndedEarlyError(CannotRunError):
+    """The measurement ended before all was done: nothing else is to be begun."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +110,14 @@ class Plan:
         blocks: Of each case and arm.
         boots: Over how many boots of the engines they are spread.
         seed: Of the order of the blocks, of the prompts and of the arrivals.
+        until: When it has to have ended, in `time.monotonic` seconds: a boot or a
+            block that would take longer, going by the last one, is not begun.
     """
 
     blocks: int
     boots: int = 1
     seed: int = 0
+    until: float = math.inf
 
 
 @dataclass
@@ -122,6 +133,8 @@ class Measured:
         agreement: By arm whose tokens need not be its partner's, the share that is.
         compared: Tokens that were compared with those that they have to be.
         dropped: Blocks that were left out, because the machine throttled.
+        done: Blocks that were run, those left out among them.
+        seconds: That these took, and what had to be done before them.
     """
 
     case: Case
@@ -131,6 +144,8 @@ class Measured:
     agreement: dict[str, float] = field(default_factory=dict)
     compared: int = 0
     dropped: int = 0
+    done: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -247,6 +262,8 @@ def evidence(
     problems: list[CannotRunError] = []
     states: dict[str, list[dict[str, Any]]] = {}
     engines: dict[str, dict[str, Any]] = {}
+    boots: list[float] = []  # seconds of one, by measurement
+    rerun: list[str] = []
     every = [case for group in groups for case in group.cases]
     titles = {
         case: f"case {number} of {len(every)}: {case.name}"
@@ -256,27 +273,38 @@ def evidence(
     def measure(group: Group, cases: Sequence[Case], plan: Plan, later: int) -> None:
         chosen, absent = runnable(group.arms, lane.has_gpu)
         bench = Bench(chosen, plan, lane, say, watch.throttled, titles, later)
+        before = {*found}
         try:
             bench.measure(cases)
             found.update(bench.found)
+            rerun.extend(sorted(case.name for case in before & {*cases}))
         except (CannotRunError, KeyboardInterrupt) as error:
             # What was found before stands.
             if isinstance(error, KeyboardInterrupt):
-                error = CannotRunError(INTERRUPTED)
-            say(str(error))
+                error = EndedEarlyError(INTERRUPTED)
             problems.append(error)
             for case, each in bench.found.items():
                 if each.blocks:
                     found.setdefault(case, each)
-            left = ", ".join(case.name for case in cases if case not in found)
-            if left:
-                missing.append({"arm": "every arm", "what": left, "why": str(error)})
+            # Who raises the error says it too.
+            if found or not (stopped() or group is groups[-1]):
+                say(str(error))
+            lacking(bench.left(cases, before), str(error))
         states.update(bench.states)
         engines.update(bench.engines)
+        boots.append(bench.boot_seconds)
         missing.extend(each for each in absent + bench.lost if each not in missing)
 
+    def lacking(what: Sequence[str], why: str) -> None:
+        if what:
+            missing.append({"arm": "every arm", "what": ", ".join(what), "why": why})
+
     def stopped() -> bool:
-        return any(str(problem) == INTERRUPTED for problem in problems)
+        return any(isinstance(problem, EndedEarlyError) for problem in problems)
+
+    def again_takes(cases: Sequence[Case]) -> float:
+        booting = max(boots) * plan.boots * len({case.model for case in cases})
+        return booting + 2 * sum(found[case].seconds for case in cases)
 
     def said() -> dict[str, Any]:
         summary = watch.summary()
@@ -290,11 +318,11 @@ def evidence(
             if stopped():
                 break
         if not found:
-            raise problems[0]
+            raise problems[-1]
         first = [
             each for each in said()["vllm_ext"]["comparisons"] if each["arm"] != CONTROL
         ]
-        more = Plan(2 * plan.blocks, plan.boots, plan.seed + 1)
+        more = replace(plan, blocks=2 * plan.blocks, seed=plan.seed + 1)
         undecided = {each["case"] for each in first if each["verdict"] == "UNDECIDED"}
         if stopped() or more.blocks < pairs_needed(max(1, len(first))):
             undecided = set()  # nor would twice as many decide anything
@@ -302,11 +330,17 @@ def evidence(
             say(f"{len(undecided)} undecided, so again with twice the blocks")
         for group in groups:
             cases = [case for case in group.cases if case.name in undecided]
-            if cases and not stopped():
-                measure(group, cases, more, 0)
+            if not cases or stopped():
+                continue
+            # Half of a second measurement would be thrown away.
+            if time.monotonic() + again_takes(cases) > plan.until:
+                say(LATE)
+                lacking([f"{case.name} once more" for case in cases], LATE)
+                continue
+            measure(group, cases, more, 0)
     result = said()
     result["vllm_ext"] |= {
-        **{"not_run": missing, "rerun": sorted(undecided), "load": round(load, 1)},
+        **{"not_run": missing, "rerun": sorted(rerun), "load": round(load, 1)},
         "plan": {"blocks": plan.blocks, "boots": plan.boots, "seed": plan.seed},
         "engines": engines,
     }
@@ -330,6 +364,7 @@ class Bench:
         lost: Arms that could not be run, and why.
         states: By arm, what became of each patch.
         engines: By arm, what vLLM made of it.
+        boot_seconds: That the last boot of all engines took.
     """
 
     def __init__(
@@ -354,12 +389,15 @@ class Bench:
         self.engines: dict[str, dict[str, Any]] = {}
         self._last_said = 0.0
         self._done, self._ahead, self._boots_ahead = 0, later, 0
-        self._block_seconds = self._boot_seconds = 0.0  # of all done, of the last
+        self._block_seconds = self.boot_seconds = 0.0  # of all done, of the last
+        self._last_block = self._last_start = 0.0  # seconds of it, of a case's start
+        self._owes = ""  # the engine that has not answered its question yet
 
     def measure(self, cases: Sequence[Case]) -> None:
         """Run all blocks of all ``cases``.
 
         Raises:
+            EndedEarlyError: No time is left for them.
             CannotRunError: What is left has nothing to be compared with.
         """
         self._ahead += len(cases) * self._plan.blocks
@@ -375,30 +413,78 @@ class Bench:
         self._boots_ahead = len(by_model) * boots
         for model, mine in by_model.items():
             for boot, edge in enumerate(pairwise(edges)):
+                self._check_time(
+                    self.boot_seconds + self._last_start + self._last_block
+                )
                 with ExitStack() as stack:
                     started = time.monotonic()
                     engines = self._boot(stack, model, mine, boot)
-                    self._boot_seconds = time.monotonic() - started
+                    self.boot_seconds = time.monotonic() - started
                     self._boots_ahead -= 1
-                    for case in mine:
-                        self._case(engines, case, orders[case], range(*edge))
-                    for name, child in engines.items():
-                        with suppress(ChildError):
-                            self.states[name] = child.ask("patches")
-                            self._check_patches(name, mine)
+                    patience = PATCHES_TIMEOUT
+                    try:
+                        for case in mine:
+                            self._case(engines, case, orders[case], range(*edge))
+                    except KeyboardInterrupt:
+                        patience = HASTE
+                        raise
+                    finally:
+                        self._check_patches(engines, mine, patience)
 
-    def _check_patches(self, name: str, cases: Sequence[Case]) -> None:
-        """Refuse the figures of an arm that ran without any of its patches."""
-        states = [each for each in self.states[name] if each["state"] != OFF]
-        if not states or any(each["state"] in (APPLIED, IN_USE) for each in states):
-            return
-        one = states[0]
+    def left(self, cases: Sequence[Case], before: Container[Case]) -> list[str]:
+        """What was not run of ``cases``; ``before``: those measured once already."""
+        left = []
         for case in cases:
-            _refuse(
-                self.found[case],
-                name,
-                f"{one['name']} is {one['state']}: {one['reason']}",
-            )
+            done = self.found[case].done if case in self.found else 0
+            if case in before:
+                left.append(f"{case.name} once more")
+            elif not done:
+                left.append(case.name)
+            elif done < self._plan.blocks:
+                left.append(f"{case.name} after {done} of {self._plan.blocks} blocks")
+        return left
+
+    def _check_time(self, seconds: float) -> None:
+        """End where what takes that long would end too late.
+
+        Raises:
+            EndedEarlyError: It would.
+        """
+        if time.monotonic() + seconds > self._plan.until:
+            raise EndedEarlyError(LATE)
+
+    def _check_patches(
+        self, engines: Mapping[str, Child], cases: Sequence[Case], timeout: float
+    ) -> None:
+        """Refuse an arm that ran without any of its patches, or does not tell."""
+        until = time.monotonic() + timeout
+        silent = {name for name in self._arms if name not in self.states} | {*engines}
+        try:
+            for name, child in engines.items():
+                states = _states(child, self._owes == name, until)
+                if states is not None:
+                    self.states[name] = states
+                    silent.remove(name)
+        finally:
+            for name, states in self.states.items():
+                self._check_states(name, states, cases)
+            for name in silent:
+                if self._arms[name].patches is not None:
+                    self._refuse(name, "it did not tell whether it was patched", cases)
+
+    def _check_states(
+        self, name: str, states: Sequence[Mapping[str, Any]], cases: Sequence[Case]
+    ) -> None:
+        on = [each for each in states if each["state"] != OFF]
+        if on and not any(each["state"] in (APPLIED, IN_USE) for each in on):
+            why = f"{on[0]['name']} is {on[0]['state']}: {on[0]['reason']}"
+            self._refuse(name, why, cases)
+
+    def _refuse(self, name: str, why: str, cases: Sequence[Case]) -> None:
+        for case in cases:
+            found = self.found.get(case)
+            if found and name in found.blocks:
+                _refuse(found, name, why)
 
     # -- engines ----------------------------------------------------------------------
 
@@ -482,8 +568,10 @@ class Bench:
         numbers: Sequence[int],
     ) -> None:
         """Run the blocks with those ``numbers``; adds to what was found."""
+        self._check_time(self._last_start + self._last_block)
         found = self.found.setdefault(case, Measured(case))
         title = self._titles[case]
+        started = time.monotonic()
         self._say(f"{title}{self._left()}")
         # What is compiled or allocated at first use is so before the clock runs.
         taken = self._ask(engines, found, [*engines], "closed", _closed(case, -1))
@@ -493,13 +581,19 @@ class Bench:
             for name in ("output", "seed"):
                 del details[name]
             found.traces = self._ask(engines, found, [*engines], "trace", details)
+        self._last_start = time.monotonic() - started
+        found.seconds += self._last_start
         for number in numbers:
+            self._check_time(self._last_block)
             started = time.monotonic()
             what, details = _question(case, self._plan.seed + number)
             taken = self._ask(engines, found, orders[number], what, details)
             self._ahead -= 1
             self._done += 1
-            self._block_seconds += time.monotonic() - started
+            self._last_block = time.monotonic() - started
+            self._block_seconds += self._last_block
+            found.done += 1
+            found.seconds += self._last_block
             if time.monotonic() - self._last_said > SAYS_EVERY:
                 place = f"block {number + 1} of {self._plan.blocks}"
                 self._say(f"{title}, {place}{self._left()}")
@@ -529,11 +623,13 @@ class Bench:
         for name in names:
             if name in found.refused or name not in engines:
                 continue
+            self._owes = name
             try:
                 answers[name] = engines[name].ask(what, BLOCK_TIMEOUT, **details)
             except ChildError as error:
                 self._lose(engines, name, error.line)
                 _refuse(found, name, "its engine failed")
+            self._owes = ""
         return answers
 
     def _compare(self, found: Measured, taken: Mapping[str, Any]) -> None:
@@ -563,10 +659,29 @@ class Bench:
         if not self._done:
             return ""
         seconds = self._block_seconds / self._done * self._ahead
-        seconds += self._boot_seconds * self._boots_ahead
+        seconds += self.boot_seconds * self._boots_ahead
         if seconds > 90:
             return f", about {seconds / 60:.0f} min left"
         return f", about {seconds:.0f} s left"
+
+
+def _states(child: Child, owes: bool, until: float) -> list[dict[str, Any]] | None:
+    """What an engine says of its patches; ``None`` if it does not, or too late.
+
+    Args:
+        child: The engine.
+        owes: Whether it has another question to answer first.
+        until: The moment that is too late, in `time.monotonic` seconds.
+    """
+    states: list[dict[str, Any]] | None = None
+    with suppress(ChildError):
+        child.tell("patches")
+        for _ in range(1 + owes):
+            states = None
+            if not child.ready(max(0.0, until - time.monotonic())):
+                break
+            states = child.hear()
+    return states
 
 
 def _kill_if_interrupted(
