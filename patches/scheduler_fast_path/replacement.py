@@ -28,6 +28,10 @@ from typing import Any, NamedTuple
 
 import vllm.envs as envs
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import (
+    KVCacheCoordinatorNoPrefixCache,
+    UnitaryKVCacheCoordinator,
+)
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
@@ -46,6 +50,7 @@ NEVER = sys.maxsize
 # Rows that save what it costs to treat those of a step in two ways.
 WORTH_A_SPLIT = 16
 
+COORDINATORS = (UnitaryKVCacheCoordinator, KVCacheCoordinatorNoPrefixCache)
 NOTHING_SCHEDULED = SchedulerOutput.make_empty()
 
 
@@ -562,6 +567,8 @@ def _why_not_this_scheduler(self: Scheduler) -> str:
     manager = self.kv_cache_manager
     if type(manager) is not KVCacheManager or type(manager.block_pool) is not BlockPool:
         return "KV cache manager from elsewhere"
+    if type(manager.coordinator) not in COORDINATORS:
+        return "KV cache coordinator of another kind"
     groups = manager.coordinator.single_type_managers
     if [type(group) for group in groups] != [FullAttentionManager] or (
         groups[0].block_size != manager.block_pool.hash_block_size
