@@ -7,6 +7,7 @@ checked, and nothing is timed.
 """
 
 import json
+import math
 import sys
 import time
 from collections import Counter, defaultdict
@@ -56,7 +57,7 @@ def make_device() -> Device | None:
 class Session:
     """What one run of the benchmarks has found so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.watch = Watch()
         self.device: Device | None = None
         self.copy_bytes_per_second: float | None = None
@@ -67,6 +68,7 @@ class Session:
         self.comparisons: list[dict[str, Any]] = []
         self.done = 0
         self.started = time.monotonic()
+        self._ends = self.started + seconds
         self._outcomes: dict[Key, dict[str, Times | Exception | None]] = {}
 
     def start(self) -> None:
@@ -93,6 +95,14 @@ class Session:
         """
         key = (group, case)
         if key in self._outcomes:
+            return self._outcomes[key]
+        if time.monotonic() > self._ends:
+            late = NotRun("no time was left for it")
+            self.not_run += [
+                {"case": f"{group} {case}", "provider": name, "why": str(late)}
+                for name in self.selected[key]
+            ]
+            self._outcomes[key] = dict.fromkeys(self.selected[key], late)
             return self._outcomes[key]
         self.done += 1
         elapsed = time.monotonic() - self.started
@@ -208,12 +218,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vext-report", type=Path, help="write what was found, but timings"
     )
     group.addoption(
+        "--vext-seconds", type=float, default=math.inf, help="begin no case later"
+    )
+    group.addoption(
         "--vext-full", action="store_true", help="every combination of shapes"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SESSION] = Session()
+    config.stash[SESSION] = Session(config.getoption("vext_seconds"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

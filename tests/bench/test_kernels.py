@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _pytest.mark.expression import Expression
 
 from vllm_ext.bench import kernels, results
 from vllm_ext.microbench import reference, shapes
+from vllm_ext.microbench.gpu_host.stages import KERNEL_CASES
 from vllm_ext.microbench.shapes import Case, Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -315,6 +317,31 @@ def test_who_was_not_run_is_said_with_the_reason(
     assert "not run: sonic-sampler, 1 case: sonic-sampler is not installed" in said
     assert "not run: stock-triton, 2 cases: stock's default path is the same" in said
     assert len(result["vllm_ext"]["not_run"]) == 3
+
+
+def test_what_no_time_is_left_for_is_not_begun_and_said(tmp_path: Path):
+    options = ("-k", "sample and b8-v2500-bf16-random and greedy", "--seconds", "0")
+    status, said, _ = bench(*options, "--json", "out.json", cwd=tmp_path)
+    assert status == 0, said
+    ours = results.read(tmp_path / "out.json")["vllm_ext"]
+    assert ours["parity"] == []
+    assert {each["why"] for each in ours["not_run"]} == {"no time was left for it"}
+    assert {each["provider"] for each in ours["not_run"]} >= {"stock", "ours"}
+    assert "not run: ours, 1 case: no time was left for it" in said
+
+
+@pytest.mark.parametrize("mode", shapes.MODES)
+def test_what_a_gpu_host_is_asked_for_is_a_small_part_of_each(mode: str):
+    asked = Expression.compile(KERNEL_CASES)
+    cases = [*shapes.cases((mode,), ("bf16", "fp32"), small=False)]
+
+    def is_chosen(case: Case) -> bool:
+        return asked.evaluate(lambda word, **_: word in case.id)
+
+    chosen = [case for case in cases if is_chosen(case)]
+    assert {case.batch for case in chosen} == {1, 32}
+    assert {case.dtype for case in chosen} == {case.dtype for case in cases}
+    assert len(chosen) < len(cases) / 4
 
 
 @pytest.mark.parametrize(

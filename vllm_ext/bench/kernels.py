@@ -9,6 +9,7 @@ right and how much each competitor would hand to a GPU.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", action="store_true", help="every combination of shapes: hours"
     )
     parser.add_argument(
+        "--seconds",
+        type=int,
+        metavar="S",
+        help="begin no case after that long; what is left is listed as not run",
+    )
+    parser.add_argument(
         "--save", action="store_true", help="keep the result among those of the project"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -62,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
             )
         if args.json:
             jsonfile.check(args.json)
-        result = measure(args.select, full=args.full, has_gpu=has_gpu)
+        seconds = math.inf if args.seconds is None else args.seconds
+        result = measure(args.select, full=args.full, seconds=seconds, has_gpu=has_gpu)
         result["vllm_ext"]["command"] = ["vllm-ext", *sys.argv[1:]]
         print(table(result))
         if args.json:
@@ -77,12 +85,19 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def measure(select: str = "", *, full: bool = False, has_gpu: bool) -> dict[str, Any]:
+def measure(
+    select: str = "",
+    *,
+    full: bool = False,
+    seconds: float = math.inf,
+    has_gpu: bool,
+) -> dict[str, Any]:
     """Run the benchmarks; the result as `results.read` gives it.
 
     Args:
         select: For pytest's ``-k``.
         full: Every combination of shapes.
+        seconds: After which no case is begun.
         has_gpu: Time them, instead of interpreting them.
 
     Raises:
@@ -99,7 +114,7 @@ def measure(select: str = "", *, full: bool = False, has_gpu: bool) -> dict[str,
         settings.write_text(SETTINGS)
         command = [
             *(sys.executable, "-m", "pytest", "-c", settings, _benchmarks()),
-            *("--vext-report", found),
+            *("--vext-report", found, "--vext-seconds", str(seconds)),
             *(("--benchmark-json", timed) if has_gpu else ("--benchmark-disable",)),
             *(("--vext-full",) if full else ()),
             *(("-k", select) if select else ()),
