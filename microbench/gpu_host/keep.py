@@ -3,7 +3,10 @@
 On the CPU machine: takes the ``STAGE.json`` files of `run` and puts what they hold to
 the other results, ``microbench/results/<gpu>/``, under the names that
 `vllm_ext.bench.results` gives: the benchmarks' own result files as they are, the other
-stages as one file each. Stages that did not come to their end are said and left out.
+stages as one file each. Of a stage that was stopped at its limit, what it had written
+by then is kept, with the status ``stopped`` in its file or in the ``vllm_ext`` of the
+benchmark's; that it was stopped is said. Stages that failed are left out, but for
+tests.
 """
 
 import argparse
@@ -15,11 +18,13 @@ from typing import Any
 
 from vllm_ext import jsonfile
 from vllm_ext.bench import results
-from vllm_ext.microbench.gpu_host.run import COMPLETE, FAILED
+from vllm_ext.microbench.gpu_host.run import COMPLETE, FAILED, STOPPED
 from vllm_ext.microbench.gpu_host.stages import STAGES
 
 Json = dict[str, Any]
-WHOLE = ("environment", "smoke", "baseline", "tests")  # kept as the stage wrote them
+# Kept as the stage wrote them.
+WHOLE = ("environment", "smoke", "baseline", "tests", "sanitizer")
+TESTS = ("tests", "sanitizer")  # one that failed is a result
 
 
 class CannotKeepError(Exception):
@@ -43,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in kept:
         sys.stdout.write(f"{path}\n")
     for line in left_out:
-        sys.stderr.write(f"keep: left out: {line}\n")
+        sys.stderr.write(f"keep: {line}\n")
     return 1 if left_out else 0
 
 
 def keep(folder: Path, into: Path) -> tuple[list[Path], list[str]]:
-    """What was filed, and a line for each stage that was not.
+    """What was filed, and a line for each stage that was not, or not all of it.
 
     Raises:
         CannotKeepError: There are no results in ``folder``, or one is damaged.
@@ -60,16 +65,17 @@ def keep(folder: Path, into: Path) -> tuple[list[Path], list[str]]:
     kept: list[Path] = []
     left_out = []
     for name, stage in stages.items():
-        # A test that failed is a result; a benchmark that did is none.
-        fine = (COMPLETE, FAILED) if name == "tests" else (COMPLETE,)
-        if stage["status"] not in fine:
-            left_out.append(f"{name} is {stage['status']}: {stage.get('reason', '')}")
-            continue
-        for path, value in _files(name, stage):
+        status = stage["status"]
+        fine = (COMPLETE, STOPPED, *((FAILED,) if name in TESTS else ()))
+        files = [*_files(name, stage)] if status in fine else []
+        for path, value in files:
             target = into / path.relative_to(results.RESULTS)
             target.parent.mkdir(parents=True, exist_ok=True)
             jsonfile.write(target, value)
             kept.append(target)
+        if status == STOPPED or not files and status not in fine:
+            how = "kept as far as it came" if files else "left out"
+            left_out.append(f"{how}: {name} is {status}: {stage.get('reason', '')}")
     return kept, left_out
 
 
@@ -86,12 +92,17 @@ def _read(path: Path) -> Json:
 
 
 def _files(name: str, stage: Json) -> Iterator[tuple[Path, Json]]:
-    if name in WHOLE:
+    tasks = stage.get("tasks", {})
+    if name in WHOLE and (
+        stage["status"] != STOPPED or any("result" in each for each in tasks.values())
+    ):
         yield results.kept_as(name, stage["machine"]), stage
-    for task in stage.get("tasks", {}).values():
+    for task in tasks.values():
         result = task.get("result")
         if isinstance(result, dict) and "vllm_ext" in result:
             ours = result["vllm_ext"]
+            if task.get("status") == STOPPED:
+                result = {**result, "vllm_ext": {**ours, "status": STOPPED}}
             yield results.kept_as(ours["kind"], ours["machine"]), result
         for file, value in (task.get("files") or {}).items():
             yield results.RESULTS / file, value

@@ -56,17 +56,58 @@ def test_stages_and_benchmarks_are_filed_under_their_gpu(back: Path, tmp_path: P
     assert engine == document
 
 
-def test_a_stage_that_was_stopped_is_left_out_and_said(
+@pytest.mark.parametrize("stage", ["baseline", "tests", "sanitizer"])
+def test_what_a_stopped_stage_had_written_is_kept_and_said(
+    back: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str
+):
+    put(back, stage, "stopped", a={"result": {"passed": 9}}, b={"status": "stopped"})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 1
+    said = capsys.readouterr().err
+    assert f"kept as far as it came: {stage} is stopped" in said
+    [name] = [name for name in names(tmp_path / "results") if stage in name]
+    kept = json.loads((tmp_path / "results" / name).read_text())
+    assert kept["status"] == "stopped"
+    assert kept["tasks"]["a"]["result"] == {"passed": 9}
+
+
+@pytest.mark.parametrize("stage", ["kernels", "engine", "linkedin"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stopped_benchmark_is_kept_if_it_wrote_its_result(
+    *, back: Path, tmp_path: Path, stage: str, whole: bool
+):
+    result = {"benchmarks": [], "vllm_ext": {"kind": stage, "machine": MACHINE}}
+    task = {"status": "stopped", **({"result": result} if whole else {})}
+    put(back, stage, "stopped", **{stage: task})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 1
+    found = [name for name in names(tmp_path / "results") if stage in name]
+    assert len(found) == whole
+    for name in found:
+        kept = json.loads((tmp_path / "results" / name).read_text())
+        assert kept["vllm_ext"]["status"] == "stopped"
+
+
+def test_of_a_stopped_stage_that_wrote_nothing_nothing_is_kept(
     back: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    put(back, "baseline", "stopped", qwen={"result": {"cases": {}}})
+    put(back, "tests", "stopped", gpu={"status": "stopped"})
     assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 1
-    assert "left out: baseline is stopped" in capsys.readouterr().err
+    assert "left out: tests is stopped" in capsys.readouterr().err
     assert len(names(tmp_path / "results")) == 1
 
 
-def test_tests_that_failed_are_a_result(back: Path, tmp_path: Path):
-    put(back, "tests", "failed", pytest={"result": {"failed": 1}})
+def test_a_benchmark_that_failed_is_left_out(
+    back: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    result = {"benchmarks": [], "vllm_ext": {"kind": "engine", "machine": MACHINE}}
+    put(back, "engine", "failed", engine={"status": "failed", "result": result})
+    assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 1
+    assert "left out: engine is failed" in capsys.readouterr().err
+    assert len(names(tmp_path / "results")) == 1
+
+
+@pytest.mark.parametrize("stage", ["tests", "sanitizer"])
+def test_tests_that_failed_are_a_result(back: Path, tmp_path: Path, stage: str):
+    put(back, stage, "failed", pytest={"result": {"failed": 1}})
     assert keep.main([str(back), "--results", str(tmp_path / "results")]) == 0
     assert len(names(tmp_path / "results")) == 2
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -292,6 +295,36 @@ def test_the_stages_fit_into_three_calls_of_ten_minutes():
     assert sum(each.limit_s for each in STAGES.values()) < 30 * 60
     for each in STAGES.values():
         assert all((one.limit_s or 0) <= each.limit_s for one in each.tasks)
+        if not any(one.resumes for one in each.tasks):
+            assert sum(one.limit_s or 0 for one in each.tasks) <= each.limit_s
+
+
+@pytest.mark.parametrize("kind", ["kernels", "engine", "linkedin"])
+def test_a_benchmark_ends_by_itself_well_before_its_limit(kind: str):
+    [each] = STAGES[kind].tasks
+    module = importlib.import_module(f"vllm_ext.bench.{kind}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    words = each.command[each.command.index(kind) + 1 :]
+    args = parser.parse_args(words)
+    assert args.seconds <= STAGES[kind].limit_s - 40
+    if kind != "kernels":
+        assert args.boots == 1
+
+
+def test_the_sanitizers_run_a_few_tests_of_each_kernel():
+    """Those that are there: a name that was changed would select nothing."""
+    words = [stages.KERNEL_PARITY, ("-k", stages.SANITIZED)]
+    for task in STAGES["sanitizer"].tasks:
+        assert [*words[0], *words[1]] == [*task.command[-5:]]
+    asked = ("-m", "pytest", "--collect-only", "-q", *words[0], *words[1])
+    done = subprocess.run(
+        [sys.executable, *asked], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    chosen = [line for line in done.stdout.splitlines() if "::" in line]
+    counts = Counter(line.split("::")[0] for line in chosen)
+    assert counts.keys() == {*stages.KERNEL_PARITY}
+    assert max(counts.values()) <= 6
 
 
 def test_the_limit_of_the_call_holds_whatever_the_stages_say(host: Host):
