@@ -97,6 +97,60 @@ def test_what_is_not_vllms_own_is_refused_before_it_is_looked_at(found):
 
 
 @pytest.mark.vllm
+def test_each_unusual_thing_of_a_scheduler_is_enough_to_refuse_it(found):
+    encoder, one_group = "encoder connector", "one group of full attention"
+    said = {
+        "nothing": "",
+        "vllm_config": "speculative decoding",
+        "num_spec_tokens": "speculative decoding",
+        "connector": "KV connector",
+        "aux_output_connector": "KV connector",
+        "ec_connector": encoder,
+        "is_mm_encoder_only": encoder,
+        "is_encoder_decoder": "encoder-decoder model",
+        "use_pp": "pipeline parallelism",
+        "decode_stagger": "pipeline parallelism",
+        "num_sampled_tokens_per_step": "not one token per step",
+        "perf_metrics": "MFU metrics",
+        "return_sampling_mask": "sampling masks or counts of NaN",
+        "NaN": "sampling masks or counts of NaN",
+        "manager": "KV cache manager from elsewhere",
+        "pool": "KV cache manager from elsewhere",
+        "coordinator": "KV cache coordinator of another kind",
+        "no group": f"KV cache that is not {one_group}",
+        "two groups": f"KV cache that is not {one_group}",
+        "group": f"KV cache that is not {one_group}",
+        "block size": f"KV cache that is not {one_group}",
+    }
+    assert found["refused schedulers"] == said
+
+
+@pytest.mark.vllm
+def test_each_unusual_thing_of_a_request_is_enough_to_refuse_it(found):
+    assert found["refused requests"] == {
+        "nothing": "",
+        "sampling_params": "pooling",
+        "pooling_params": "pooling",
+        "structured_output_request": "structured output",
+        "mm_features": "multimodal input",
+        "resumable": "streaming input",
+    }
+
+
+@pytest.mark.vllm
+def test_an_output_with_more_than_tokens_is_left_to_stock(found):
+    left = dict(found["left to stock"])
+    assert not left.pop("nothing")
+    assert len(left) == 8
+    assert set(left.values()) == {True}, left
+
+
+@pytest.mark.vllm
+def test_requests_that_have_ended_are_let_go(found):
+    assert found["held"] == {"length": 0, "abort": 0}
+
+
+@pytest.mark.vllm
 def test_planted_bugs_are_found_in_traffic_that_a_person_can_read(found):
     assert [name for name, look in found["planted"].items() if look is None] == []
     for name, look in found["planted"].items():

@@ -165,6 +165,10 @@ class Side:
         scheduler = self.scheduler
         if kind in ("reset", "preempt"):
             return scheduler.reset_prefix_cache(reset_running_requests=kind != "reset")
+        if kind == "few tokens":
+            scheduler.max_num_scheduled_tokens = 2
+        if kind == "small input":
+            scheduler.scheduler_config.max_num_batched_tokens = 2
         states = {
             "pause": PauseState.PAUSED_ALL,
             "hold": PauseState.PAUSED_NEW,
@@ -303,8 +307,14 @@ def _run(traffic: Traffic, seen: Seen) -> Seen:
     def update(step: int) -> None:
         def evaluate(side: Side) -> Any:
             scheduled, plan = side.in_flight.popleft()
-            return side.scheduler.update_from_output(scheduled, plan.output())
+            outputs = side.scheduler.update_from_output(scheduled, plan.output())
+            _spoil(scheduled)
+            return outputs
 
+        left, right = (plain(side.in_flight[0][0]) for side in sides)
+        if left != right:
+            where = difference(left, right)
+            raise DifferenceError(step, "the steps since it was scheduled", where)
         plan = stock.in_flight[0][1]
         seen.updated += bool(plan.tokens)
         before = patched.fast["update_from_output"]
@@ -393,6 +403,16 @@ def failing_step(traffic: Traffic) -> int | None:
 
 def _schedule(side: Side, throttled: bool) -> Any:
     return side.scheduler.schedule(throttled)
+
+
+def _spoil(scheduled: Any) -> None:
+    """Empty the lists of an output: it is its reader's, and nobody else's."""
+    rows = scheduled.scheduled_cached_reqs
+    for each in (
+        *(scheduled.num_scheduled_tokens, rows.req_ids, rows.new_block_ids),
+        *(rows.num_computed_tokens, rows.num_output_tokens),
+    ):
+        each.clear()
 
 
 def _plan(scheduler: Any, scheduled: Any) -> Plan:
@@ -535,7 +555,9 @@ def _config(setup: Setup) -> VllmConfig:
         model_config=_model(setup.longest),
         scheduler_config=SchedulerConfig(
             max_num_seqs=setup.seats,
+            # Never below the seats: vLLM refuses that; below it is what is scheduled.
             max_num_batched_tokens=max(setup.budget, setup.seats),
+            max_num_scheduled_tokens=setup.budget,
             max_model_len=setup.longest,
             is_encoder_decoder=False,
             enable_chunked_prefill=True,
