@@ -543,6 +543,48 @@ def test_a_call_that_ran_out_of_time_goes_on_with_the_next_switch(
     assert list(written(host, "smoke")["tasks"])[0] == "none"
 
 
+def test_a_first_boot_that_takes_long_is_no_reason_for_a_switch(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may take longer than an attempt with a switch."""
+    monkeypatch.setattr(run, "ATTEMPT_S", 0.5)
+    first = smoking(host, tmp_path, "", sleep=1.5)
+    assert first.run(STAGES["smoke"]) == "complete"
+    assert written(host, "smoke")["switches"] == switches.NONE.as_dict()
+
+
+@pytest.mark.parametrize("later", [0.0, 60.0])
+def test_stock_that_took_too_long_is_tried_again_before_any_switch(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: float
+):
+    """The caches are warm then; if that does not help, the switches are next."""
+    monkeypatch.setattr(run, "ATTEMPT_S", 0.5)
+    short = Stage("smoke", "", 1.0, "environment", stock=True)
+    assert smoking(host, tmp_path, "", sleep=60).run(short) == "stopped"
+    found = written(host, "smoke")
+    assert found["reason"] == "'none' took over 1 s: run it again"
+    assert list(found["tasks"]) == ["none"]
+    again = smoking(host, tmp_path, "", sleep=later)
+    if not later:
+        assert again.run(STAGES["smoke"]) == "complete"
+        assert written(host, "smoke")["switches"] == switches.NONE.as_dict()
+        return
+    assert again.run(short) == "stopped"
+    assert written(host, "smoke")["tasks"]["none"]["status"] == "failed"
+    assert smoking(host, tmp_path, "").run(STAGES["smoke"]) == "complete"
+    assert written(host, "smoke")["switches"] == switches.SINGLE[0].as_dict()
+
+
+def test_an_attempt_that_the_end_of_the_call_cut_short_is_none(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run, "LEAST_S", 0.5)
+    short = Stage("smoke", "", 1.0, "environment", stock=True)
+    for _ in range(3):
+        assert smoking(host, tmp_path, "", sleep=60).run(short) == "stopped"
+        assert written(host, "smoke")["tasks"]["none"]["status"] == "stopped"
+
+
 def test_the_order_is_the_documented_one():
     assert [each.name for each in switches.ORDER] == [
         "none",
