@@ -476,6 +476,28 @@ def test_a_second_measurement_is_begun_only_if_it_can_end(monkeypatch):
     assert result["vllm_ext"]["rerun"] == [CASE.name]
 
 
+def test_groups_share_the_time(monkeypatch):
+    """Of 160 s each has 80: three boots, and eight rounds of three closed batches."""
+    Hours(monkeypatch, boot=10, closed=2)
+    second = replace(CASE, batch=8)
+    said = []
+    noisy = (*STOCKS, Arm("noisy", "", {"noise": 0.3}))
+    result = turns.evidence(
+        "engine",
+        [Group(noisy, [CASE]), Group(noisy, [second])],
+        Plan(12, until=160),
+        FAKE,
+        say=said.append,
+        command=[],
+    )
+    rounds = {each["group"]: each["stats"]["rounds"] for each in result["benchmarks"]}
+    assert rounds == {CASE.name: 7, second.name: 7}
+    assert said.count(turns.LATE) == 2
+    assert result["vllm_ext"]["rerun"] == []
+    left = [each["what"] for each in result["vllm_ext"]["not_run"]]
+    assert left == [f"{case.name} after 7 of 12 blocks" for case in (CASE, second)]
+
+
 def test_no_time_at_all_is_one_line(fake_lane, monkeypatch, capsys):
     monkeypatch.setattr(engine, "math", SimpleNamespace(inf=-1.0))
     assert engine.run(parse("--batch", "1", "--blocks", "12")) == 1

@@ -50,10 +50,6 @@ LATE = "no time was left: what was measured before stands"
 Say = Callable[[str], None]
 
 
-class EndedEarlyError(CannotRunError):
-    """The measurement ended before all was done: nothing else is to be begun."""
-
-
 @dataclass(frozen=True)
 class Case:
     """What every arm decodes: ``batch`` requests at once, or ``rate`` of them a second.
@@ -241,7 +237,8 @@ def evidence(
 
     Args:
         kind: Of the result, see `results.document`.
-        groups: What to compare; each has its engines to itself.
+        groups: What to compare; each has its engines to itself, and as much of the
+            time as those after it.
         plan: How much.
         lane: Where.
         say: Told what goes on.
@@ -281,7 +278,7 @@ def evidence(
         except (CannotRunError, KeyboardInterrupt) as error:
             # What was found before stands.
             if isinstance(error, KeyboardInterrupt):
-                error = EndedEarlyError(INTERRUPTED)
+                error = CannotRunError(INTERRUPTED)
             problems.append(error)
             for case, each in bench.found.items():
                 if each.blocks:
@@ -300,7 +297,7 @@ def evidence(
             missing.append({"arm": "every arm", "what": ", ".join(what), "why": why})
 
     def stopped() -> bool:
-        return any(isinstance(problem, EndedEarlyError) for problem in problems)
+        return any(str(problem) == INTERRUPTED for problem in problems)
 
     def again_takes(cases: Sequence[Case]) -> float:
         booting = max(boots) * plan.boots * len({case.model for case in cases})
@@ -312,9 +309,11 @@ def evidence(
 
     with Watch() as watch:
         ahead = len(every) * plan.blocks
-        for group in groups:
+        for number, group in enumerate(groups):
             ahead -= len(group.cases) * plan.blocks
-            measure(group, group.cases, plan, ahead)
+            now = time.monotonic()
+            share = (plan.until - now) / (len(groups) - number)
+            measure(group, group.cases, replace(plan, until=now + share), ahead)
             if stopped():
                 break
         if not found:
@@ -324,6 +323,8 @@ def evidence(
         ]
         more = replace(plan, blocks=2 * plan.blocks, seed=plan.seed + 1)
         undecided = {each["case"] for each in first if each["verdict"] == "UNDECIDED"}
+        # What ended early was short of time, not of blocks.
+        undecided &= {case.name for case in found if found[case].done == plan.blocks}
         if stopped() or more.blocks < pairs_needed(max(1, len(first))):
             undecided = set()  # nor would twice as many decide anything
         if undecided:
@@ -397,8 +398,8 @@ class Bench:
         """Run all blocks of all ``cases``.
 
         Raises:
-            EndedEarlyError: No time is left for them.
-            CannotRunError: What is left has nothing to be compared with.
+            CannotRunError: What is left has nothing to be compared with, or no time is
+                left for it.
         """
         self._ahead += len(cases) * self._plan.blocks
         orders = {
@@ -448,10 +449,10 @@ class Bench:
         """End where what takes that long would end too late.
 
         Raises:
-            EndedEarlyError: It would.
+            CannotRunError: It would.
         """
         if time.monotonic() + seconds > self._plan.until:
-            raise EndedEarlyError(LATE)
+            raise CannotRunError(LATE)
 
     def _check_patches(
         self, engines: Mapping[str, Child], cases: Sequence[Case], timeout: float
