@@ -21,6 +21,7 @@ from vllm_ext.patching.declare import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = "cpu"
+SCHEDULER_PARTS = ("schedule", "update_from_output", "step")
 NO_GPU = "Not yet measured on a GPU.\n"
 
 
@@ -128,6 +129,20 @@ def host_cost() -> str:
     return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
 
+def scheduler_cost() -> str:
+    """Scheduler parts of a step in the newest kept result: for README.md."""
+    result, link = _newest("scheduler-host")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for row in result["rows"]:
+        if row["part"] in SCHEDULER_PARTS:
+            cells = rows.setdefault((f"{row['batch']}", row["mode"]), [])
+            cells.append(
+                f"{row['stock_us']:.0f} → {row['patched_us']:.0f} ({row['ratio']:.2f})"
+            )
+    head = ("batch", "mix", *(f"{part}, us" for part in SCHEDULER_PARTS))
+    return _table(head, [(*key, *cells) for key, cells in rows.items()]) + f"\n{link}"
+
+
 def on_gpus() -> str:
     """All patches against stock, on every GPU of which there is a result."""
     files = {
@@ -174,6 +189,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "demo": demo_screen,
         "gpu": on_gpus,
         "host": host_cost,
+        "scheduler": scheduler_cost,
         "patches": patches,
         "variables": variables,
     },

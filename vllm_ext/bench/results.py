@@ -261,11 +261,12 @@ def save(result: Mapping[str, Any], path: Path | None = None) -> Path:
 
 
 def kept_as(kind: str, here: Mapping[str, Any]) -> Path:
-    """Where a result of this kind, machine and day is kept."""
-    day, commit = time.strftime("%Y-%m-%d"), (here["commit"] or "unknown")[:7]
+    """Where a result of this kind, machine and minute (UTC) is kept."""
+    when = time.strftime("%Y-%m-%dT%H%M", time.gmtime())
+    commit = (here["commit"] or "unknown")[:7]
     gpu = here["gpu"]
     folder = "cpu" if gpu == machine.NO_GPU else re.sub(r"\W+", "-", gpu.lower())
-    name = f"{day}_{commit}_vllm-{here['vllm']}_{kind}.json"
+    name = f"{when}_{commit}_vllm-{here['vllm']}_{kind}.json"
     return RESULTS / folder.strip("-") / name
 
 
