@@ -13,6 +13,9 @@ from vllm_ext.microbench import reference, shapes, stock
 from vllm_ext.microbench.measure import Provider
 from vllm_ext.microbench.shapes import Case
 
+# Logprobs ``[batch, 1 + n]``, token ids of the same shape, ranks ``[batch]``.
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 MODES = ("logprobs",)
 DTYPES = ("bf16", "fp32")
 
@@ -33,8 +36,9 @@ def stock_v2(case: Case, device: str) -> Provider:
 
     number, sampled = _number(case), _drawn(case, device)
 
-    def call(logits: torch.Tensor) -> torch.Tensor:
-        return compute_topk_scores(logits, number, sampled).logprobs
+    def call(logits: torch.Tensor) -> Found:
+        found = compute_topk_scores(logits, number, sampled)
+        return found.logprobs, found.logprob_token_ids, found.selected_token_ranks
 
     return Provider(call)
 
@@ -43,10 +47,10 @@ def plain(case: Case, device: str) -> Provider:
     """PyTorch: a softmax, a gather, a top-k and a count."""
     number, sampled = _number(case), _drawn(case, device)[:, None]
 
-    def call(logits: torch.Tensor) -> torch.Tensor:
+    def call(logits: torch.Tensor) -> Found:
         ids = torch.cat((sampled, logits.topk(number).indices), dim=1)
-        (logits >= logits.gather(1, sampled)).sum(1)
-        return logits.float().log_softmax(1).gather(1, ids)
+        ranks = (logits >= logits.gather(1, sampled)).sum(1)
+        return logits.float().log_softmax(1).gather(1, ids), ids, ranks
 
     return Provider(call)
 
@@ -60,7 +64,7 @@ def ours(case: Case, device: str) -> Provider:
     scratch = logprobs.make_scratch(rows, case.vocabulary, device)
     sampled = _drawn(case, device)
 
-    def call(logits: torch.Tensor) -> torch.Tensor:
+    def call(logits: torch.Tensor) -> Found:
         # The caller keeps what a replay wrote, so each call has its own.
         found = torch.empty(rows, columns, dtype=torch.float32, device=device)
         ids = torch.empty(rows, columns, dtype=torch.int64, device=device)
@@ -68,7 +72,7 @@ def ours(case: Case, device: str) -> Provider:
         logprobs.logprobs(
             *(logits, number, wanted, seats, sampled, ids, found, ranks), scratch
         )
-        return found
+        return found, ids, ranks
 
     return Provider(call)
 
@@ -79,11 +83,19 @@ PROVIDERS = {"stock": stock_v2, "torch": plain, "ours": ours}
 def bench_logprobs(measure: Callable[..., None], case: Case, provider: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def check(prepared: Any) -> None:
-        logits = shapes.logits(case, 0, device)
-        found = prepared.call(logits)
+    def right(args: tuple[torch.Tensor], found: Found) -> None:
+        [logits], (values, ids, ranks) = args, found
         tokens = _drawn(case, device)
-        reference.check_logprobs(logits, tokens, found, _number(case))
+        reference.check_logprobs(logits, tokens, values, _number(case))
+        # Triton's interpreter compares bf16 by their bits, as stock's kernel does not.
+        interpreted = device == "cpu" and provider == "stock" and case.dtype == "bf16"
+        reference.check_ids_and_ranks(
+            logits, tokens, values, ids, None if interpreted else ranks
+        )
+
+    def check(prepared: Any) -> None:
+        args = (shapes.logits(case, 0, device),)
+        right(args, prepared.call(*args))
 
     measure(
         provider,
@@ -91,6 +103,7 @@ def bench_logprobs(measure: Callable[..., None], case: Case, provider: str) -> N
         case,
         make_args=lambda number: (shapes.logits(case, number, device),),
         check=check,
+        check_replay=right,
         set_bytes=case.logits_bytes,
         moved_bytes=case.logits_bytes,
     )

@@ -198,7 +198,7 @@ class Session:
                 self.comparisons.append(
                     results.comparison(
                         case=case,
-                        metric=metric,
+                        metric=metric + _clocks(times[arm], times[base]),
                         unit="s",
                         arm=arm,
                         against=base,
@@ -207,6 +207,12 @@ class Session:
                         tolerance=allowed,
                     )
                 )
+
+
+def _clocks(arm: Times, base: Times) -> str:
+    """That two were timed in different ways, if so: one cannot be captured."""
+    ways = ["queued" if each.uncapturable else "graph" for each in (arm, base)]
+    return "" if ways[0] == ways[1] else f" ({ways[0]} against {ways[1]})"
 
 
 SESSION = pytest.StashKey[Session]()

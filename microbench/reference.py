@@ -147,3 +147,36 @@ def check_logprobs(
     assert float(error.max()) <= LOGPROB_ERROR, (
         f"a logprob is off by {float(error.max()):.1e} of itself"
     )
+
+
+def check_ids_and_ranks(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    ranks: torch.Tensor | None,
+) -> None:
+    """Token ids that have those logprobs, and how many tokens are as likely or more.
+
+    Args:
+        logits: ``[batch, vocabulary]``.
+        tokens: ``[batch]``, drawn.
+        values: ``[batch, 1 + n]`` logprobs, right.
+        ids: ``[batch, 1 + n]``; the first is the drawn token.
+        ranks: ``[batch]``, from 1; ``None`` where they are not known.
+
+    Raises:
+        AssertionError: One is wrong, or named twice.
+    """
+    exact = logits.double().log_softmax(dim=-1)
+    assert torch.equal(ids[:, 0].long(), tokens.long()), "not the drawn tokens' ids"
+    error = (exact.gather(1, ids.long()) - values.double()).abs()
+    error /= 1 + values.double().abs()
+    assert float(error.max()) <= LOGPROB_ERROR, "an id is not of its logprob"
+    for row in ids[:, 1:].tolist():
+        assert len(set(row)) == len(row), "a token is named twice"
+    if ranks is None:
+        return
+    drawn = logits.gather(1, tokens.reshape(-1, 1).long())
+    expected = (logits >= drawn).sum(dim=1)
+    assert torch.equal(ranks.long(), expected), "a rank is wrong"

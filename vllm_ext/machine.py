@@ -77,7 +77,7 @@ def _gpu() -> dict[str, Any]:
 
     pynvml.nvmlInit()
     try:
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        device = visible_device(pynvml)
         total: int = pynvml.nvmlDeviceGetMemoryInfo(device).total
         return {
             "gpu": _text(pynvml.nvmlDeviceGetName(device)),
@@ -86,6 +86,20 @@ def _gpu() -> dict[str, Any]:
         }
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_device(nvml: Any) -> Any:
+    """NVML's handle of the GPU that CUDA shows this process first.
+
+    Raises:
+        LookupError: It shows none.
+    """
+    name = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if name in ("", "-1"):
+        raise LookupError("CUDA_VISIBLE_DEVICES hides all of them")
+    if name.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _text(value: str | bytes) -> str:

@@ -250,6 +250,21 @@ def test_requests_that_arrive_are_judged_by_their_first_token_too():
     assert values["TTFT"] == pytest.approx(5 * values["TPOT"])  # as the fake has it
 
 
+def test_what_arrives_has_arrived_once_before_the_clock_runs(monkeypatch):
+    """Batches of every size: what is compiled for one is so before it counts."""
+    asked = []
+    ask = turns.Bench._ask
+
+    def noted(bench, engines, found, names, what, details):
+        asked.append((what, details["seed"]))
+        return ask(bench, engines, found, names, what, details)
+
+    monkeypatch.setattr(turns.Bench, "_ask", noted)
+    measured(cases=[Case("tiny", "S0", 16, 8, rate=50.0, requests=4)], blocks=2)
+    first = [("closed", -1), ("arrivals", -1), ("arrivals", 0), ("arrivals", 1)]
+    assert asked[:4] == first
+
+
 def test_blocks_are_spread_over_the_boots():
     result, said = measured(Arm("a", ""), blocks=12, boots=3)
     booted = [line for line in said if "engine 3 of 3" in line]

@@ -146,6 +146,34 @@ def test_kept_tokens_are_those_of_the_definitions(sampling: Sampling):
         assert int(allowed[row].sum()) <= len(kept) + 1
 
 
+def known_logprobs():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [0.0, -1.0, 5.0, 4.0]])
+    tokens = torch.tensor([2, 0])
+    ids = torch.tensor([[2, 1, 3], [0, 2, 3]])
+    values = logits.log_softmax(dim=-1).gather(1, ids)
+    return logits, tokens, values, ids, torch.tensor([3, 3])
+
+
+def test_ids_and_ranks_that_are_right_are_right():
+    reference.check_ids_and_ranks(*known_logprobs())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda ids, ranks: ids[0].copy_(torch.tensor([1, 1, 3])), "not the drawn"),
+        (lambda ids, ranks: ids[1].copy_(torch.tensor([0, 2, 1])), "its logprob"),
+        (lambda ids, ranks: ids[0].copy_(torch.tensor([2, 1, 1])), "named twice"),
+        (lambda ids, ranks: ranks.sub_(1), "rank"),
+    ],
+)
+def test_a_wrong_id_or_rank_is_seen(spoil: Any, why: str):
+    logits, tokens, values, ids, ranks = known_logprobs()
+    spoil(ids, ranks)
+    with pytest.raises(AssertionError, match=why):
+        reference.check_ids_and_ranks(logits, tokens, values, ids, ranks)
+
+
 def test_penalties_are_those_of_the_definitions():
     sampling = Sampling(repetition=1.5, presence=0.5, frequency=0.25)
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0, 1.0]])

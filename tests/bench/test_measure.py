@@ -15,6 +15,7 @@ import pytest
 from bench.fakedevice import Buffer, Fake, args_of
 
 from vllm_ext.bench import kernels, results
+from vllm_ext.microbench import conftest
 from vllm_ext.microbench.measure import (
     GRAPH_CALLS,
     MOST_ROUNDS,
@@ -339,6 +340,13 @@ def test_what_turns_out_to_wait_is_queued():
     assert device.replays == 0
     assert times.uncapturable == "called a synchronizing CUDA operation"
     assert times.hot == pytest.approx([5 * MICROSECOND] * ROUNDS)
+
+
+def test_two_ways_of_timing_are_named_in_the_metric():
+    graph, queued = Times(), Times(uncapturable="reads the host")
+    assert conftest._clocks(graph, graph) == conftest._clocks(queued, queued) == ""
+    assert conftest._clocks(graph, queued) == " (graph against queued)"
+    assert conftest._clocks(queued, graph) == " (queued against graph)"
 
 
 def run_bench(folder: Path, *options: str, **plugin: Any) -> tuple[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_ext import hostbench
+from vllm_ext import hostbench, machine
 from vllm_ext.bench import models, results
 from vllm_ext.bench.arms import Arm, runnable
 from vllm_ext.bench.results import CONTROL
@@ -577,7 +577,9 @@ class Bench:
         # What is compiled or allocated at first use is so before the clock runs.
         taken = self._ask(engines, found, [*engines], "closed", _closed(case, -1))
         self._compare(found, taken)
-        if not case.rate and not found.traces:
+        if case.rate:  # batches of every size that arrivals make, too
+            self._ask(engines, found, [*engines], *_question(case, -1))
+        elif not found.traces:
             details = {"steps": TRACED_STEPS, **_closed(case, -1)}
             for name in ("output", "seed"):
                 del details[name]
@@ -762,7 +764,7 @@ def free_memory(has_gpu: bool) -> float | None:
             import pynvml
 
             pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            device = machine.visible_device(pynvml)
             return float(pynvml.nvmlDeviceGetMemoryInfo(device).free)
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

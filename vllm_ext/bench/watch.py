@@ -14,12 +14,14 @@ import hashlib
 import os
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+from vllm_ext import machine
 
 T = TypeVar("T")
 
@@ -98,6 +100,8 @@ class Watch:
         self._lost = ""
         self._looks: list[Look] = []
         self._asked: list[tuple[float, float]] = []
+        self._last_mhz: int | None = None
+        self._highest_mhz: int | None = None  # of the lower of two in a row
         self._before: dict[str, Any] = {}
         self._after: dict[str, Any] = {}
         self._foreign: set[int] = set()
@@ -120,7 +124,7 @@ class Watch:
             return self
         self._nvml = pynvml
         try:
-            self._device = _first_visible(pynvml)
+            self._device = machine.visible_device(pynvml)
         except Exception as error:
             self._missing = f"no GPU that NVML can read: {_line(error)}"
             self._shut_down()
@@ -212,9 +216,18 @@ class Watch:
                 self._lost = f"NVML stopped answering after {len(self._looks)} looks"
                 return
             self._looks.append(look)
+            self._note_clock(look.sm_mhz)
         if processes:
             self._processes_at = look.at
             self._look_at_processes()
+
+    def _note_clock(self, mhz: int | None) -> None:
+        if mhz is None:
+            return
+        if self._last_mhz is not None:
+            both = min(mhz, self._last_mhz)
+            self._highest_mhz = max(both, self._highest_mhz or both)
+        self._last_mhz = mhz
 
     def _reasons(self) -> tuple[str, ...] | None:
         nvml, device = self._nvml, self._device
@@ -285,24 +298,19 @@ class Watch:
 
     def _steady_mhz(self) -> int | None:
         """The highest SM clock that two looks in a row reached."""
-        with self._lock:
-            clocks = [look.sm_mhz for look in self._looks if look.sm_mhz is not None]
-        if len(clocks) < 2:
-            return clocks[0] if clocks else None
-        return max(min(pair) for pair in pairwise(clocks))
+        return self._last_mhz if self._highest_mhz is None else self._highest_mhz
 
     def _held_back(self, start: float, end: float, steady: int | None) -> bool:
+        """Whether a look in that time, or the nearest around it, was slow."""
         with self._lock:
-            looks = list(self._looks)
-        inside = [look for look in looks if start <= look.at <= end]
-        earlier = [look for look in looks if look.at < start][-1:]
-        later = [look for look in looks if look.at > end][:1]
-        near = [
-            look
-            for look in (*earlier, *later)
+            first = bisect_left(self._looks, start, key=_moment)
+            last = bisect_right(self._looks, end, key=_moment)
+            looks = self._looks[max(first - 1, 0) : last + 1]
+        return any(
+            _slow(look, steady)
+            for look in looks
             if start - PERIOD_S <= look.at <= end + PERIOD_S
-        ]
-        return any(_slow(look, steady) for look in inside + near)
+        )
 
     def _invalid(self, dropped: int, steady: int | None, after: dict[str, Any]) -> str:
         """Why the run cannot be used, or nothing."""
@@ -375,13 +383,8 @@ def _slow(look: Look, steady: int | None) -> bool:
     return look.sm_mhz < STEADY_SHARE * steady
 
 
-def _first_visible(nvml: Any) -> Any:
-    name = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if name in ("", "-1"):
-        raise LookupError("CUDA_VISIBLE_DEVICES hides all of them")
-    if name.isdigit():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
+def _moment(look: Look) -> float:
+    return look.at
 
 
 def _named(nvml: Any, mask: int) -> tuple[str, ...]:
