@@ -319,6 +319,7 @@ class Runner:
                     stdout=output,
                     stderr=apart if task.reads == "stdout" else output,
                     start_new_session=True,
+                    preexec_fn=_hear_ctrl_c,
                 )
                 family = Family(process.pid)
                 try:
@@ -520,6 +521,11 @@ class Family:
                 )
                 if fields[19] == born:
                     os.kill(pid, signal.SIGKILL)
+
+
+def _hear_ctrl_c() -> None:
+    """In the child: a shell's background job, and all it starts, would ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: "subprocess.Popen[bytes]", family: Family) -> bool:

@@ -338,6 +338,18 @@ def test_the_limit_of_the_call_holds_whatever_the_stages_say(host: Host):
     assert time.monotonic() - started < 4
 
 
+def test_a_background_job_hears_that_its_time_is_over(host: Host):
+    """A shell lets those ignore Ctrl-C, and a child would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        started = time.monotonic()
+        sleeping = task("a", "import time; time.sleep(60)")
+        assert runner(host).run(stage(sleeping, limit_s=1)) == "stopped"
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < run.GRACE_S
+
+
 # -- resumption --------------------------------------------------------------------
 
 
