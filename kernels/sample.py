@@ -269,7 +269,7 @@ def processed_reference(
     def bits(plane: torch.Tensor) -> torch.Tensor:
         return (plane[tokens // 32] >> tokens % 32 & 1).bool()
 
-    words = requests.params[seat].cpu()
+    words = requests.params[seat].cpu()  # sync: the definition, not the kernel
     floats = words.view(torch.float32)
     flags = int(words[_FLAGS.value])
     x = logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
@@ -316,7 +316,7 @@ def sample_reference(
             continue
         position = int(positions[logits_indices[row]])
         x = processed_reference(logits[row], requests, seat, position)
-        words = requests.params[seat].cpu()
+        words = requests.params[seat].cpu()  # sync: the definition
         if int(words[_FLAGS.value]) & _SAMPLES.value:
             seed = int(words.view(torch.int64)[_SEED.value // 2])
             x = x + gumbel_reference(seed, position, tokens)

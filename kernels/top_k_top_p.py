@@ -170,7 +170,7 @@ def sample_top_k_top_p_reference(
         if seat < 0:
             continue
         position = int(positions[logits_indices[row]])
-        words = requests.params[seat].cpu()
+        words = requests.params[seat].cpu()  # sync: the definition
         flags = int(words[_FLAGS.value])
         x = plain.processed_reference(logits[row], requests, seat, position)
         if flags & _SAMPLES.value:

@@ -7,19 +7,12 @@ batch, greedy and seeded, against stock vLLM of the same machine and version.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import served
 
 from vllm_ext.doctor import open_source
 from vllm_ext.patches import SERIES
@@ -193,40 +186,10 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
     model = write_model(tmp_path / "model", tokenizer=True)
 
     def ask(environ: dict[str, str]) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        printed = tmp_path / f"serve-{port}.log"
-        log = printed.open("w")
-        server = subprocess.Popen(
-            [
-                *(Path(sys.executable).with_name("vllm"), "serve"),
-                str(model),
-                *("--load-format", "dummy", "--served-model-name", "tiny"),
-                *("--max-model-len", "256", "--max-num-seqs", "8", "--enforce-eager"),
-                *("--kv-cache-memory-bytes", str(16 * 2**20)),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            env={
-                **os.environ,
-                **lane_environment("interpret", in_process=False),
-                **environ,
-            },
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 180
-            while True:
-                assert server.poll() is None, printed.read_text()
-                assert time.monotonic() < deadline, "the server did not come up"
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=1)
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.3)
+        lane = lane_environment("interpret", in_process=False)
+        options = ("--load-format", "dummy", "--max-num-seqs", "8")
+        printed = tmp_path / f"serve-{environ['VEXT']}.log"
+        with served(model, printed, *options, environment=lane | environ) as url:
             client = OpenAI(base_url=f"{url}/v1", api_key="none")
             plain = client.completions.create(
                 model="tiny",
@@ -244,14 +207,6 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
                 top_p=0.9,
             )
             return [plain.choices[0].token_ids, chat.choices[0].message.content]
-        finally:
-            os.killpg(server.pid, signal.SIGINT)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
-            log.close()
 
     folder = tmp_path / "states"
     on = {"VEXT": "1", "VEXT_STATE_DIR": str(folder)}

@@ -7,22 +7,16 @@ same answers, and metrics that say the same.
 """
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import served
 
 from vllm_ext.patches.scheduler_fast_path import PATCH
 from vllm_ext.patching.report import read_states
@@ -184,47 +178,6 @@ def test_an_engine_answers_and_counts_as_stock_does(tmp_path):
         )
 
 
-@contextmanager
-def served(model: Path, printed: Path, settings: dict[str, str]) -> Iterator[str]:
-    """`vllm serve` in processes of its own; the address once it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with printed.open("w") as log:
-        server = subprocess.Popen(
-            [
-                *(Path(sys.executable).with_name("vllm"), "serve", str(model)),
-                *("--served-model-name", "tiny", "--max-model-len", "256"),
-                *("--max-num-seqs", "16", "--enforce-eager", "--block-size", "32"),
-                *("--kv-cache-memory-bytes", str(16 * 2**20), "--dtype", "float32"),
-                *("--host", "127.0.0.1", "--port", str(port)),
-            ],
-            env=os.environ | PLAIN | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | settings,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 180
-        while True:
-            assert server.poll() is None, printed.read_text()
-            assert time.monotonic() < deadline, "the server did not come up"
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=1)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
 def ask(url: str) -> dict[str, Any]:
     """Twelve completions at once, and what the server's metrics say after them."""
     body = {
@@ -267,7 +220,10 @@ def test_vllm_serve_answers_and_counts_as_stock_does(tmp_path):
     states = tmp_path / "states"
 
     def run(name: str, settings: dict[str, str]) -> dict[str, Any]:
-        with served(model, tmp_path / f"{name}.log", settings) as url:
+        environment = PLAIN | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | settings
+        options = ("--max-num-seqs", "16", "--block-size", "32", "--dtype", "float32")
+        printed = tmp_path / f"{name}.log"
+        with served(model, printed, *options, environment=environment) as url:
             return ask(url)
 
     with ThreadPoolExecutor() as both:
