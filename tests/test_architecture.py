@@ -23,6 +23,7 @@ RULES = {
     "vllm_ext/patching/*.py": {"vllm_ext.patching"},
     "patches/__init__.py": {"vllm_ext.patching.declare", "vllm_ext.patches"},
     "patches/*/__init__.py": {"vllm_ext.patching.declare"},
+    "patches/*/upstream.py": {"vllm_ext.upstream.declare"},
     "patches/*/*.py": {
         *("torch", "triton", "numpy", "vllm"),
         *("vllm_ext.kernels", "vllm_ext.patches", "vllm_ext.patching"),
