@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """`MinTokensLogitsProcessor._mask_stop_token_logits` with shapes the host knows.
 
-Carries vLLM's signature and the two lines that mask.
+Carries vLLM's signature and the lines that mask.
 """
 
 import torch
@@ -23,13 +23,13 @@ def mask_stop_token_logits(
         restore_logits_slice: Those of them that may be spared; one pair may occur
             twice. A spared entry gets its value back if that was finite.
     """
-    rows, _ = restore_logits_slice
-    before = logits[restore_logits_slice]
+    restore_rows, _ = restore_logits_slice
+    stop_logits = logits[restore_logits_slice]
     logits.index_put_(logits_slice, self.neg_inf_tensor)
 
     # -inf is a row's largest value only if it is the only one: NaN wins over it.
-    emptied = logits.amax(dim=-1) == float("-inf")
-    spared = emptied[rows] & before.isfinite()
-    after = torch.where(spared, before, logits[restore_logits_slice])
+    row_needs_restore = logits.amax(dim=-1) == float("-inf")
+    restore_mask = row_needs_restore[restore_rows] & torch.isfinite(stop_logits)
+    restored = torch.where(restore_mask, stop_logits, logits[restore_logits_slice])
     # Equal pairs carry equal values, so the order of these writes does not matter.
-    logits.index_put_(restore_logits_slice, after)
+    logits.index_put_(restore_logits_slice, restored)
