@@ -21,12 +21,11 @@ class Overlap:
 class Upstream:
     """``UPSTREAM`` in ``patches/<name>/upstream.py``, for readers who know only vLLM.
 
-    The title is the patch's ``summary``. Texts are Markdown and speak of vLLM's code,
-    never of this project: what is written here is what a reviewer reads.
+    The title is the patch's ``summary``, and the purpose the message of the stored
+    mail. Texts are Markdown and speak of vLLM's code, never of this project: what is
+    written here is what a reviewer reads.
 
     Attributes:
-        purpose: What vLLM does, what that costs, what the change does instead. Its
-            first paragraph is the commit message too.
         overlaps: Pull requests that somebody may take this for a copy of.
         searches: What to search vLLM's pull requests for before it is sent.
         tests: Commands of the test plan, to be run in a checkout of vLLM.
@@ -40,7 +39,6 @@ class Upstream:
         modules: ``vllm_ext.kernels.<op>`` -> the module of vLLM that it becomes.
     """
 
-    purpose: str
     overlaps: tuple[Overlap, ...]
     searches: tuple[str, ...]
     tests: tuple[str, ...]
