@@ -123,6 +123,16 @@ def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
     if [*first] == ["soak"]:
         _load("soak.command", added)
 
+    text = "a patch as a pull request for vLLM, in files; nothing is sent"
+    added = commands.add_parser("export", help=text, description=text)
+    if [*first] == ["export"]:
+        _load("upstream.export", added)
+
+    text = "how far each patch is from being part of vLLM"
+    added = commands.add_parser("upstream", help=text, description=text)
+    if [*first] == ["upstream"]:
+        _load("upstream.status", added)
+
     added = command(
         "bisect", _bisect, "find the patch that makes a command fail: bisect -- CMD"
     )
