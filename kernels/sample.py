@@ -47,6 +47,7 @@ Austin Appleby); skipping by bounds is ours.
 """
 
 import dataclasses
+import struct
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -72,6 +73,7 @@ _SEED = tl.constexpr(6)  # low word, high word
 _LISTED = tl.constexpr(8)
 _MIN_LENGTH = tl.constexpr(9)
 _STRIDE = tl.constexpr(WORDS)
+_LAYOUT = struct.Struct("=i5fqii24x")  # the same, from the first to the last
 
 # Bits of the flags.
 _SAMPLES = tl.constexpr(1)
@@ -102,7 +104,8 @@ class Requests:
         params: ``[N, WORDS]`` int32, rows as `pack` makes them.
         prompt_bits: ``[N, >= ceil(V / 32)]`` int32, bit ``v % 32`` of word ``v // 32``
             set if token ``v`` is in the prompt. vLLM's ``prompt_bin_mask``.
-        output_bits: The same of the tokens that were generated.
+        output_bits: The same of tokens that may have been generated: all whose count
+            is not 0, and others if that is simpler. Drawing a token sets its bit.
         output_counts: ``[N, >= V]`` int32, how often each token was generated. vLLM's
             ``output_bin_counts``.
         listed_bits: As ``prompt_bits``, of the tokens in the list.
@@ -182,17 +185,8 @@ def pack(
     flags |= _HAS_PENALTIES.value * (penalties != (1.0, 0.0, 0.0))
     flags |= _HAS_LIST.value * (listed > 0)
     flags |= _ONLY_LIST.value * only_listed
-    row = torch.zeros(WORDS, dtype=torch.int32)
-    floats = row.view(torch.float32)
-    row[_FLAGS.value] = flags
-    floats[_TEMPERATURE.value] = temperature
-    floats[_MIN_P.value] = min_p
-    for word, penalty in enumerate(penalties, _REPETITION.value):
-        floats[word] = penalty
-    row.view(torch.int64)[_SEED.value // 2] = seed
-    row[_LISTED.value] = listed
-    row[_MIN_LENGTH.value] = min_length
-    return row
+    words = (flags, temperature, min_p, *penalties, seed, listed, min_length)
+    return torch.frombuffer(bytearray(_LAYOUT.pack(*words)), dtype=torch.int32)
 
 
 def entries(
@@ -434,7 +428,7 @@ def _tile(
         prompt = _bits(prompt_bits_ptr, start, vocab_size, BLOCK)
         output = _bits(output_bits_ptr, start, vocab_size, BLOCK)
         counts = tl.load(counts_ptr + ids, mask=output & (ids < vocab_size), other=0)
-        x = _penalized(x, prompt | output, counts, params_ptr)
+        x = _penalized(x, prompt | (counts > 0), counts, params_ptr)
     return x
 
 
@@ -483,6 +477,16 @@ def _scored(x, ids, flags, temperature, begun, threshold):
         x = tl.where(x < threshold, _NEVER, x + _noise(_hash(begun, ids)))
     score = tl.max(x, axis=0)
     return score, tl.min(tl.where(x == score, ids, _NOWHERE), axis=0)
+
+
+@triton.jit
+def _give(out_ptr, token, flags, output_bits_ptr):
+    """The row's token; its count, which others keep, is worth reading from now on."""
+    tl.store(out_ptr, token.to(tl.int64))
+    if flags & _HAS_PENALTIES:
+        octet_ptr = output_bits_ptr.to(tl.pointer_type(tl.uint8)) + (token >> 3)
+        octet = tl.load(octet_ptr).to(tl.int32) | (1 << (token & 7))
+        tl.store(octet_ptr, octet.to(tl.uint8))
 
 
 @triton.jit
@@ -714,7 +718,7 @@ def _sample_kernel(
             tile = tl.min(tl.where(left, at, RECORDS), axis=0)
     if best == _NEVER:
         token = 0
-    tl.store(out_ptr + row, token.to(tl.int64))
+    _give(out_ptr + row, token, flags, output_bits_ptr + seat * bits_stride)
 
 
 # -- the launcher --------------------------------------------------------------------

@@ -80,6 +80,7 @@ from vllm_ext.kernels.sample import (
     Requests,
     _begun,
     _float,
+    _give,
     _hash,
     _listed,
     _noise,
@@ -316,7 +317,7 @@ def _chosen(step, number, chosen_ptr, source, GROUP: tl.constexpr, WIDE: tl.cons
         if flags & _HAS_PENALTIES:
             output = _bit(output_bits_ptr, ids, inside)
             counts = tl.load(counts_ptr + ids, mask=output & inside, other=0)
-            used = _bit(prompt_bits_ptr, ids, inside) | output
+            used = _bit(prompt_bits_ptr, ids, inside) | (counts > 0)
             x = _penalized(x, used, counts, params_ptr)
     y = _over(tl.where(inside & (x == x), x, _NEVER), temperature)
     return tl.reshape(y, (WIDE,)), tl.reshape(ids, (WIDE,))
@@ -601,7 +602,7 @@ def _sample_top_k_top_p_kernel(
                 winner = tl.max(tl.where(ids == token, _order(y, ids), -1), axis=0)
     if not filtered:
         token = tl.where(best > _NEVER, _token(winner), 0)
-        tl.store(out_ptr + row, token.to(tl.int64))
+        _give(out_ptr + row, token, flags, output_bits_ptr + seat * bits_stride)
         return
 
     at = tl.arange(0, GROUPS)
@@ -609,7 +610,8 @@ def _sample_top_k_top_p_kernel(
     tops = tl.load(tops_ptr + at, there, other=_NEVER, cache_modifier=".cg")
     peak = tl.maximum(peak, tl.max(tops, axis=0))
     if peak == _NEVER:
-        tl.store(out_ptr + row, tl.full((), 0, tl.int64))
+        token = tl.full((), 0, tl.int32)
+        _give(out_ptr + row, token, flags, output_bits_ptr + seat * bits_stride)
         return
     k = _word(params_ptr, _K)
     p = _float(params_ptr, _P)
@@ -698,7 +700,7 @@ def _sample_top_k_top_p_kernel(
             if searches:
                 winner = follower
         bound = winner + 1
-    tl.store(out_ptr + row, _token(winner).to(tl.int64))
+    _give(out_ptr + row, _token(winner), flags, output_bits_ptr + seat * bits_stride)
 
 
 # -- masking -------------------------------------------------------------------------
