@@ -313,7 +313,8 @@ def _prep_kernel(
     group = tl.program_id(1)
     padded = tl.num_programs(0)
     rows = tl.load(staging_ptr)
-    seat = tl.load(staging_ptr + _HEADER + row, mask=row < rows, other=-1).to(tl.int64)
+    seat = tl.load(staging_ptr + _HEADER + row).to(tl.int64)
+    seat = tl.where(row < rows, seat, -1)
 
     layout_ptr += group * _WORDS
     width = tl.load(layout_ptr + _WIDTH)
@@ -397,7 +398,8 @@ def _post_kernel(
 ):
     row = tl.program_id(0)
     rows = tl.load(staging_ptr)
-    seat = tl.load(staging_ptr + _HEADER + row, mask=row < rows, other=-1).to(tl.int64)
+    seat = tl.load(staging_ptr + _HEADER + row).to(tl.int64)
+    seat = tl.where(row < rows, seat, -1)
     if seat < 0:
         return
     token = tl.load(tokens_ptr + row)
