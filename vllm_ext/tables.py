@@ -18,6 +18,7 @@ from vllm_ext import demo, hostbench, settings
 from vllm_ext.bench import arms, report, results
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
+from vllm_ext.upstream import forms, mail
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = "cpu"
@@ -31,7 +32,16 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _upstream(patch: Patch) -> str:
-    return f"[sent]({patch.upstream})" if patch.upstream else "not sent"
+    return f"[yes]({patch.upstream})" if patch.upstream else "no"
+
+
+def _form(patch: Patch) -> str:
+    """The stored forms, with how many lines each changes in vLLM."""
+    links = [
+        f"[{label}]({patch.name}/{path.name}) ({mail.read(path).size} lines)"
+        for label, path in forms.stored(patch).items()
+    ]
+    return ", ".join(links) or "no"
 
 
 def patches() -> str:
@@ -57,7 +67,7 @@ def weights() -> str:
         lines = sum(
             len(path.read_text().splitlines())
             for path in folder.glob("*.py")
-            if path.name != "__init__.py"
+            if path.name not in ("__init__.py", "upstream.py")
         )
         rows.append(
             (
@@ -66,12 +76,13 @@ def weights() -> str:
                 ", ".join(dict.fromkeys(edit.how for edit in patch.edits)),
                 f"{len(patch.edits)} + {len(patch.relies_on)}",
                 str(lines),
+                _form(patch),
                 _upstream(patch),
-                patch.merged_in or patch.retire_when,
+                patch.merged_in or " ".join(patch.retire_when.split()),
             )
         )
-    head = ("patch", "summary", "how", "edits + relied on", "lines", "upstream")
-    return _table((*head, "until"), rows)
+    head = ("patch", "summary", "how", "edits + relied on", "lines", "upstream form")
+    return _table((*head, "sent", "until"), rows)
 
 
 def stories() -> str:

@@ -44,5 +44,6 @@ PATCH = Patch(
     ),
     # A vLLM sampler too; it may be what imports the module of the edits.
     after=("vllm.v1.watermarking.gpu_sampler",),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -49,5 +49,6 @@ PATCH = Patch(
         f"{_GPU}.model_states.mamba_hybrid:_scatter_num_accepted_kernel",
         f"{_GPU}.model_states.recoverssm:RecoverSSMState.commit_step",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

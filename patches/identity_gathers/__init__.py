@@ -41,5 +41,6 @@ PATCH = Patch(
         # logits_indices: the last token of each request.
         f"{_GPU}.input_batch:_combine_sampled_and_draft_tokens_kernel",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

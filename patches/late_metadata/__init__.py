@@ -44,5 +44,6 @@ PATCH = Patch(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens",
         "vllm.v1.worker.gpu.cudagraph_utils:ModelCudaGraphManager.run_fullgraph",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -27,5 +27,6 @@ PATCH = Patch(
     relies_on=(f"{_PROCESSOR}.apply", f"{_PROCESSOR}.apply_with_spec_decode"),
     # The frontend imports the processors too, and never calls them.
     after=("vllm.v1.worker.gpu_model_runner",),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -54,5 +54,6 @@ PATCH = Patch(
         f"{_GPU}.cudagraph_utils:prepare_inputs_to_capture",
         f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

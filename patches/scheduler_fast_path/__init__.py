@@ -72,5 +72,6 @@ PATCH = Patch(
         f"{_POOL}.cache_full_blocks",
         "vllm.v1.core.kv_cache_utils:get_request_block_hasher",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )

@@ -315,8 +315,9 @@ def key(result: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def digest(patch: str) -> str:
-    """Of the code of a patch: 16 digits."""
-    return _digest(sorted((PATCHES / patch).glob("*.py")))
+    """Of the code of a patch: 16 digits. What is said of it upstream is none of it."""
+    code = (PATCHES / patch).glob("*.py")
+    return _digest(sorted(file for file in code if file.name != "upstream.py"))
 
 
 def _digest(files: Sequence[Path]) -> str:

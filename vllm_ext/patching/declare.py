@@ -49,6 +49,7 @@ class Patch:
         after: Modules that must have been imported too, though no edit is in them.
             Names the process that a patch is for where its targets are imported in
             others as well, such as the frontend.
+        since: When it came, as ``YYYY-MM-DD``: what its age is counted from.
         tested_with: vLLM versions on which its tests have run.
         upstream: Address of the pull request or issue, once there is one.
         merged_in: First vLLM version that no longer needs it.
@@ -62,6 +63,7 @@ class Patch:
     edits: tuple[Edit, ...]
     relies_on: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    since: str | None = None
     tested_with: tuple[str, ...] = ()
     upstream: str | None = None
     merged_in: str | None = None

@@ -115,6 +115,17 @@ def ours(patch: Patch, read: Read, own: frozenset[str]) -> list[Module]:
     ]
 
 
+def kernels_of(patch: Patch) -> list[str]:
+    """The modules of kernels that a patch runs."""
+
+    def read(module: str) -> str | None:
+        file = our_file(module)
+        return file.read_text("utf-8") if file else None
+
+    found = [module.name for module in ours(patch, read, frozenset())]
+    return [name for name in found if name.startswith(KERNELS)]
+
+
 @dataclass(frozen=True)
 class Binding:
     """A form beside the plugin's code.

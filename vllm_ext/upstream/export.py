@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from vllm_ext import doctor
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.fingerprint import Source
-from vllm_ext.upstream import binding, draft, forms, mail
+from vllm_ext.upstream import binding, draft, forms, mail, pullrequest
 from vllm_ext.upstream.mail import BadPatchError, Mail
 
 
@@ -68,7 +69,31 @@ def run(args: argparse.Namespace) -> int:
         text = form.unstamped().text()
         print(json.dumps({"patch": text}, indent=1) if args.json else text, end="")
         return 0
-    raise NotImplementedError
+    declared = binding.prose(patch)
+    files = {
+        f"0001-{patch.name}.patch": form.unstamped().text(),
+        "PR.md": pullrequest.text(patch, declared, form, source.version),
+    }
+    written = _write(Path(args.folder), files)
+    print(json.dumps(written, indent=1) if args.json else "\n".join(written))
+    return 0
+
+
+def _write(folder: Path, files: dict[str, str]) -> list[str]:
+    """Put ``files`` into a new or empty folder; their paths.
+
+    Raises:
+        BadPatchError: There is something in it, or it cannot be made.
+    """
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise BadPatchError(f"{folder} is not empty; name a new folder with -o")
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+    except OSError as error:
+        raise BadPatchError(f"{folder} cannot be written: {error.strerror}") from None
+    return [str(folder / name) for name in files]
 
 
 def patch_named(name: str) -> Patch:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_ext import doctor, machine
@@ -120,10 +120,7 @@ def apply(mail: Mail, source: Source, exact: bool) -> list[Changed]:
                     "cannot be checked: only files of the package can be changed"
                 )
             before[file.path] = text or ""
-            if text is not None:
-                path = tree / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, "utf-8")
+        _write(tree, {path: text for path, text in before.items() if text})
         written = Path(folder) / "mail.patch"
         written.write_text(mail.unstamped().text(), "utf-8")
         git(tree, "init", "-q")
@@ -140,21 +137,44 @@ def apply(mail: Mail, source: Source, exact: bool) -> list[Changed]:
         ]
 
 
+def contains(source: Source, mail: Mail) -> bool:
+    """Whether a vLLM has what a patch would do to it already: it can be taken back."""
+    code = tuple(file for file in mail.files if file.is_code)
+    texts = {file.path: source.text(module_of(file.path)) for file in code}
+    if None in texts.values():
+        return False
+    with tempfile.TemporaryDirectory(prefix="vllm-ext-") as folder:
+        tree = Path(folder)
+        _write(tree, {path: text or "" for path, text in texts.items()})
+        (tree / "code.patch").write_text(replace(mail, files=code).text(), "utf-8")
+        git(tree, "init", "-q")
+        try:
+            git(tree, "apply", "--check", "--reverse", "code.patch")
+        except BadPatchError:
+            return False
+        return True
+
+
 def diff(changes: list[Changed]) -> str:
     """What ``git diff`` says of these changes, with the blobs' whole names."""
     with tempfile.TemporaryDirectory(prefix="vllm-ext-") as folder:
         tree = Path(folder)
         git(tree, "init", "-q")
         for texts in ("before", "after"):
-            for change in changes:
-                text = getattr(change, texts)
-                if text:
-                    path = tree / change.path
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(text, "utf-8")
+            _write(
+                tree,
+                {it.path: text for it in changes if (text := getattr(it, texts))},
+            )
             git(tree, "add", ".")
             git(tree, "commit", "-q", "--allow-empty", "-m", texts)
         return git(tree, "diff", "--full-index", "--no-color", "HEAD~", "HEAD")
+
+
+def _write(tree: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
 
 
 def git(folder: Path, *arguments: str | Path) -> str:
