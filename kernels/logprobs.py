@@ -52,6 +52,9 @@ def logprobs_reference(
         order = order[~x[order].isnan()]
         likeliest = order[: min(int(wanted[seat]), ids.shape[1] - 1)]
         chosen = torch.cat((token.view(1), likeliest))
+        columns = 1 + min(int(wanted[seat]), ids.shape[1] - 1)
+        ids[row, :columns] = 0
+        logprobs[row, :columns] = float("-inf")
         ids[row, : len(chosen)] = chosen
         logprobs[row, : len(chosen)] = x.log_softmax(0)[chosen]
         ranks[row] = (x >= x[token]).sum()
@@ -180,10 +183,10 @@ def _logprobs_kernel(
         keys = _keys(x, mine)
         left = (keys < behind) | ((keys == behind) & (tokens > behind_id))
         picked = tl.min(tl.where(left & (keys == top), tokens, _NOWHERE), axis=0)
-        if top > _NEVER:  # else there are fewer tokens than that
-            logprob = tl.where(top == _LOWEST, _NEVER, top) - largest - log_total
-            tl.store(ids_ptr + column, picked.to(tl.int64))
-            tl.store(logprobs_ptr + column, logprob)
+        none = top == _NEVER  # there are fewer tokens than that; ids have to be some
+        logprob = tl.where(top == _LOWEST, _NEVER, top) - largest - log_total
+        tl.store(ids_ptr + column, tl.where(none, 0, picked).to(tl.int64))
+        tl.store(logprobs_ptr + column, tl.where(none, _NEVER, logprob))
         others = tl.where(left & (tokens != picked), keys, _NEVER)
         maxima = tl.where(at == group, tl.max(others, axis=0), maxima)
         behind = top
@@ -269,8 +272,9 @@ def logprobs(
             with a negative one is left alone.
         sampled: ``[B]`` int64, the token of each row.
         ids: ``[B, 1 + N]`` int64: the sampled token, then the likeliest, equal ones
-            by token; columns that a row does not want are left alone.
-        logprobs: ``[B, 1 + N]`` float32, of ``ids``.
+            by token, and 0 where there are fewer of them than wanted; columns that a
+            row does not want are left alone.
+        logprobs: ``[B, 1 + N]`` float32, of ``ids``; minus infinity beyond them.
         ranks: ``[B]`` int64: how many logits are no less than the sampled token's.
             vLLM's rank of a token that was masked also counts what it reads beyond
             the vocabulary.
