@@ -24,7 +24,7 @@ PATCH = Patch(
         launch gives logprobs. A step that asks for something else is stock's from
         beginning to end, and is counted.
 
-        Rung 3 of the ladder: wrappers around five functions of the samplers. The hook,
+        Rung 3 of the ladder: wrappers around six functions of the samplers. The hook,
         ModelState.custom_sampler, is a method of every model's own state, and a model
         that uses it is refused watermarks and loses its rejection sampler; a subclass
         would have to be put into the method that loads the model.
@@ -34,6 +34,9 @@ PATCH = Patch(
         Edit(f"{_SAMPLER}.__init__", f"{_BY}:take_seats", how="wrap"),
         Edit(f"{_SAMPLER}.add_request", f"{_BY}:join", how="wrap"),
         Edit(f"{_SAMPLER}.apply_staged_writes", f"{_BY}:write", how="wrap"),
+        Edit(
+            f"{_SAMPLE}.penalties:bincount", f"{_BY}:count_in_two_launches", how="wrap"
+        ),
         Edit(f"{_SAMPLER}.__call__", f"{_BY}:sample_in_one_launch", how="wrap"),
         Edit(
             f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler.__call__",
@@ -52,7 +55,6 @@ PATCH = Patch(
         f"{_SAMPLE}.logit_bias:_bias_kernel",
         f"{_SAMPLE}.penalties:PenaltiesState",
         f"{_SAMPLE}.penalties:_penalties_kernel",
-        f"{_SAMPLE}.penalties:bincount",
         f"{_SAMPLE}.penalties:_bincount_kernel",
         f"{_SAMPLE}.bad_words:BadWordsState",
         f"{_SAMPLE}.thinking_budget:ThinkingBudgetState",

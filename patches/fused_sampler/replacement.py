@@ -68,6 +68,28 @@ def write(original: Callable[..., None]) -> Callable[..., None]:
     return apply_staged_writes
 
 
+def count_in_two_launches(original: Callable[..., None]) -> Callable[..., None]:
+    """`bincount`, which sets the bits of generated tokens too."""
+
+    def bincount(
+        expanded_idx_mapping: torch.Tensor,
+        all_token_ids: torch.Tensor,
+        prompt_len: torch.Tensor,
+        prefill_len: torch.Tensor,
+        prompt_bin_mask: torch.Tensor,
+        output_bin_counts: torch.Tensor,
+        max_prefill_len: int,
+    ) -> None:
+        given = (expanded_idx_mapping, all_token_ids, prompt_len, prefill_len)
+        seats = seats_of(prompt_bin_mask)
+        if seats is None:
+            original(*given, prompt_bin_mask, output_bin_counts, max_prefill_len)
+        else:
+            seats.count(*given, max_prefill_len)
+
+    return bincount
+
+
 def sample_in_one_launch(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Sampler.__call__`."""
 

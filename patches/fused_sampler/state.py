@@ -18,8 +18,8 @@ host:
 
     asks = seats.asks_of(batch.idx_mapping_np)
     reason = seats.refused or seats.reason(asks)       # stock's step, if not None
-    seats.freshen(asks, idx_mapping, idx_mapping_np)   # launches if tokens were drawn
-                                                       # by others, or somebody joined
+    seats.freshen(asks, idx_mapping, idx_mapping_np)   # a launch, where tokens were
+                                                       # drawn by others
     seats.draw(logits, num_rows, idx_mapping, positions, logits_indices, out,
                filters=bool(asks & FILTERS))           # one launch
 
@@ -81,7 +81,7 @@ def new_application() -> None:
 
 
 def seats_of(sampler: Any) -> Seats | None:
-    """The seats that follow ``sampler``, if any do."""
+    """The seats that follow ``sampler``, or whose a plane of prompt bits is."""
     seats: Seats | None = getattr(sampler, "_vext_seats", None)
     if seats is None or seats.application is not _application:
         return None
@@ -120,6 +120,7 @@ class Seats:
 
         penalties = sampler.penalties_state
         plane = penalties.prompt_bin_mask
+        plane._vext_seats = self  # by which `bincount` finds these seats
         self._params = StagedWriteTensor((size, sample.WORDS), torch.int32, device)
         self._listed = StagedWriteTensor((size, LONGEST_LIST), torch.int32, device)
         self._bias = StagedWriteTensor((size, LONGEST_LIST), torch.float32, device)
@@ -182,7 +183,6 @@ class Seats:
         self.asks[seat] = (
             FILTERS * (k > 0 or p < 1.0)
             | PROCESSED * bool(sampler.needs_logits_processing[seat])
-            | STALE * bool(penalties.use_penalty[seat])
             | BAD_WORDS * bool(self._bad_words_state.num_bad_words.np[seat])
             | THINKING * (thinking.enabled and bool(thinking.use_thinking_budget[seat]))
             | RESTORES * bool(biases.restore_when_all_masked.np[seat])
@@ -223,6 +223,23 @@ class Seats:
             seats = async_tensor_h2d([*self._lists], device, torch.int64)
             bin_counts.bits_of_lists(seats, self.requests, self.vocab_size)
             self._lists.clear()
+
+    def count(
+        self,
+        seats: torch.Tensor,
+        tokens: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        lengths: torch.Tensor,
+        longest: int,
+    ) -> None:
+        """Count the tokens of requests with penalties that joined.
+
+        The arguments are those of `bin_counts.count_tokens`.
+        """
+        bin_counts.count_tokens(
+            *(seats, tokens, prompt_lengths, lengths, longest),
+            *(self.requests, self.vocab_size),
+        )
 
     # -- batches ----------------------------------------------------------------------
 
