@@ -70,7 +70,7 @@ def repeat_inputs(original: Callable[..., InputBatch]) -> Callable[..., InputBat
             and kept.batch.idx_mapping_np.tobytes()
             == batch_req_state.idx_mapping_np.tobytes()
         ):
-            return _repeat(self, kept.batch, scheduler_output, batch_req_state)
+            return _repeat_batch(self, kept.batch, scheduler_output, batch_req_state)
 
         buffers._vext_kept = None  # stock is about to write the buffers
         batch = original(
@@ -133,14 +133,14 @@ def _reason_to_rebuild(runner: GPUModelRunner, batch: InputBatch) -> str | None:
     return None
 
 
-def _repeat(
-    runner: GPUModelRunner,
+def _repeat_batch(
+    self: GPUModelRunner,
     kept: InputBatch,
     scheduler_output: SchedulerOutput,
-    state: BatchReqState,
+    state: "BatchReqState",  # quoted, as upstream defines it further down
 ) -> InputBatch:
     """The batch of a step on the requests of ``kept``, one token further."""
-    req_states, buffers = runner.req_states, runner.input_buffers
+    req_states, buffers = self.req_states, self.input_buffers
     batch = copy.copy(kept)
 
     upstream.prepare_pos_seq_lens(
