@@ -238,14 +238,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "provider"} <= set(metafunc.fixturenames):
         module = metafunc.module
-        cases = list(
-            shapes.cases(
-                module.MODES,
-                module.DTYPES,
-                small=not torch.cuda.is_available(),
-                full=metafunc.config.getoption("vext_full"),
-            )
-        )
+        full: bool = metafunc.config.getoption("vext_full")
+        sizes = {"small": not torch.cuda.is_available(), "full": full}
+        if hasattr(module, "cases"):
+            cases = list(module.cases(**sizes))
+        else:
+            cases = list(shapes.cases(module.MODES, module.DTYPES, **sizes))
         metafunc.parametrize("provider", module.PROVIDERS)
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
