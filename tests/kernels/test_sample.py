@@ -322,6 +322,48 @@ def test_draws_do_not_depend_on_each_other():
         assert_drawn_from(counts, [1 / 25] * 25)
 
 
+def test_what_was_drawn_counts_in_the_next_step(device, fenced):
+    """Somebody keeps the counts; that they are worth reading is known by the draw."""
+    batch = [
+        Request(repetition_penalty=3.0, output=[5]),
+        Request(1.0, 3, presence_penalty=2.0, frequency_penalty=1.0),
+        Request(logit_bias={9: 30.0, 10: 29.0}, frequency_penalty=0.7),
+        Request(allowed_token_ids=[3, 5, WIDTH - 1], presence_penalty=40.0),
+        Request(),
+    ]
+    requests = ours(module, batch, WIDTH, device)
+    each = torch.arange(len(batch), device=device)
+    number = torch.tensor([len(batch)], dtype=torch.int32, device=device)
+    logits = logits_of("normal", len(batch), WIDTH, 6).to(device)
+    logits[:3, [WIDTH - 1, 31, 32]] += 9.0
+    scratch = module.make_scratch(len(batch), WIDTH, device, tile=TILE, programs=20)
+    drawn = []
+    for step in range(4):
+        given = (logits, number, requests, each, each * 5 + step, each)
+        expected = module.sample_reference(*given, fenced(len(batch)))
+        tokens = module.sample(*given, fenced(len(batch)), scratch)
+        assert tokens.tolist() == expected.tolist()
+        drawn.append(tokens.tolist())
+        requests.output_counts[each, tokens] += 1
+    assert len({tokens[0] for tokens in drawn}) == 4
+    assert requests.output_bits[4].eq(0).all()
+    assert len({tokens[3] for tokens in drawn[:3]}) == 3
+
+
+def test_a_bit_without_a_count_is_no_token(device, fenced):
+    batch = [Request(repetition_penalty=10.0), Request(1.0, 3, presence_penalty=-5.0)]
+    requests = ours(module, batch, WIDTH, device)
+    requests.output_bits.fill_(-1)
+    each = torch.arange(2, device=device)
+    logits = logits_of("normal", 2, WIDTH, 8).to(device)
+    scratch = module.make_scratch(2, WIDTH, device, tile=TILE)
+    number = torch.tensor([2], dtype=torch.int32, device=device)
+    given = (logits, number, requests, each, each, each)
+    tokens = module.sample(*given, fenced(2), scratch)
+    plain = module.sample_reference(*given, fenced(2))
+    assert tokens.tolist() == plain.tolist()
+
+
 def test_refuses_what_does_not_fit(device, fenced):
     batch = [Request()] * 2
     for logits, says in {

@@ -206,7 +206,7 @@ PLANTED: dict[str, tuple[Check, str, str]] = {
         *(parity, "position + 1 < _word", "position < _word"),
     ),
     "the repetition penalty forgets the prompt": (
-        *(parity, "_penalized(x, prompt | output,", "_penalized(x, output,"),
+        *(parity, "_penalized(x, prompt | (counts > 0),", "_penalized(x, counts > 0,"),
     ),
     "positive logits are multiplied": (
         *(parity, "tl.where(x > 0, 1.0 / scale, scale)", "scale"),

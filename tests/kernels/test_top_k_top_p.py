@@ -335,3 +335,23 @@ def test_refuses_what_does_not_fit(device, fenced):
         module.sample_top_k_top_p(
             *(given[0], given[1], requests), *given[3:], fenced(2), scratch
         )
+
+
+def test_what_was_drawn_counts_in_the_next_step(device, fenced):
+    """By every way through the kernel, and with bits that have no count."""
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 6.0}
+    batch = [dataclasses.replace(request, **penalties) for request in WAYS]
+    logits = logits_of("normal", len(batch) + 1, WIDTH, 6).to(device)
+    batch.append(Filtered(1.0, 9, top_k=3, **penalties))  # nothing is left
+    logits[-1] = -INF
+    _, number, requests, seats, positions, each = arguments(logits, batch)
+    requests.output_bits[2:4] = -1
+    scratch = scratch_for(*logits.shape, device)
+    for step in range(3):
+        given = (logits, number, requests, seats, positions + step, each)
+        plain = module.sample_top_k_top_p_reference(*given, fenced(len(batch)))
+        tokens = module.sample_top_k_top_p(*given, fenced(len(batch)), scratch)
+        assert tokens.tolist() == plain.tolist()
+        bits = requests.output_bits[each, tokens // 32] >> tokens % 32
+        assert (bits & 1).all()
+        requests.output_counts[each, tokens] += 1
