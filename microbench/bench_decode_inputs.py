@@ -86,7 +86,7 @@ def _step(case: Case, number: int, device: str) -> Step:
 
     lengths = rng.integers(context - BLOCK_SIZE, context, size=batch)
     lengths -= lengths % BLOCK_SIZE == 0  # those that need a block are chosen here
-    seats = np.arange(batch, dtype=np.int32)[::-1].copy()
+    seats: np.ndarray = np.arange(batch, dtype=np.int32)[::-1].copy()
     appended = []
     for row in range(BLOCK_SIZE - 1, batch, BLOCK_SIZE):
         column = context // BLOCK_SIZE
@@ -190,7 +190,7 @@ def _beside(step: Step, device: str) -> Beside | None:
     tables.init_block_table_layout_tensors()
     writes = [(step.seats[row], column, n) for row, _, column, n in step.appended]
     columns = np.array(writes, dtype=np.int32).reshape(-1, 3).T
-    ends = np.arange(1, len(writes) + 1, dtype=np.int32)
+    ends: np.ndarray = np.arange(1, len(writes) + 1, dtype=np.int32)
     return Beside(
         tables=tables,
         mapping=torch.tensor(step.seats, dtype=torch.int64, device=device),
