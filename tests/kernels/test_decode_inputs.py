@@ -332,12 +332,12 @@ def test_groups_that_do_not_fit_are_refused(wrong, said):
         )
 
 
-def arguments(kernel):
+def arguments(kernel, device):
     """Valid ones, by name."""
-    short = torch.zeros(8, dtype=torch.int32)
+    short = torch.zeros(8, dtype=torch.int32, device=device)
     long, plane = short.long(), short.view(4, 2)
     groups = module.make_groups([plane], [plane], long.view(1, 8), [16])
-    staging = torch.zeros(words(4, 1), dtype=torch.int32)
+    staging = torch.zeros(words(4, 1), dtype=torch.int32, device=device)
     common = {"staging": staging, "padded": 4, "num_computed_tokens": short}
     common["last_sampled_tokens"] = long.view(8, 1)
     if kernel == "prep":
@@ -353,9 +353,9 @@ def arguments(kernel):
 
 
 @pytest.mark.parametrize("kernel", ["prep", "post"])
-def test_what_does_not_fit_is_refused(kernel):
+def test_what_does_not_fit_is_refused(kernel, device):
     """Each tensor of another type, with gaps, and too short, where it can be."""
-    launch, given = getattr(module, kernel), arguments(kernel)
+    launch, given = getattr(module, kernel), arguments(kernel, device)
     launch(**given)
     seen = 0
     for name, tensor in given.items():
@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_refused(kernel):
 
 
 def test_a_graph_larger_than_the_input_tables_is_refused():
-    given = arguments("prep")
+    given = arguments("prep", "cpu")
     table = torch.zeros(3, 2, dtype=torch.int32)
     slots = torch.zeros(1, 8, dtype=torch.int64)
     given["groups"] = module.make_groups([table], [table], slots, [16])
