@@ -26,7 +26,7 @@ from vllm_ext.patching.fingerprint import Source, SourceError
 from vllm_ext.upstream import forms, mail
 from vllm_ext.upstream.code import Module, Read
 from vllm_ext.upstream.declare import Upstream
-from vllm_ext.upstream.forms import PATCHES, Changed
+from vllm_ext.upstream.forms import Changed
 from vllm_ext.upstream.mail import BadPatchError, Mail
 
 KERNELS = "vllm_ext.kernels."
@@ -56,7 +56,7 @@ def prose(patch: Patch) -> Upstream:
     Raises:
         BadPatchError: There is none, or it declares nothing.
     """
-    file = PATCHES / patch.name / "upstream.py"
+    file = forms.PATCHES / patch.name / "upstream.py"
     if not file.is_file():
         raise BadPatchError(
             f"{patch.name}: {file} is missing; it says UPSTREAM = Upstream(...)"
@@ -78,7 +78,7 @@ def our_file(module: str) -> Path | None:
     if top != "vllm_ext" or rest.split(".")[0] not in ("patches", "kernels"):
         return None
     # Beside each other in a checkout and in an installation alike.
-    path = PATCHES.parent / Path(*rest.split("."))
+    path = forms.PATCHES.parent / Path(*rest.split("."))
     file = path.with_suffix(".py")
     return next((each for each in (file, path / "__init__.py") if each.is_file()), None)
 

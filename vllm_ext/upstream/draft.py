@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vllm_ext.upstream.code import imports
 from vllm_ext.upstream.forms import Changed
 from vllm_ext.upstream.mail import BadPatchError, Mail
 
+_LAYOUT = f'line-length = {WIDTH}\nlint.isort.known-first-party = ["vllm"]'
 _TRITON = {"triton": "triton", "triton.language": "tl"}
 
 
@@ -97,22 +98,52 @@ def _spliced(text: str, edit: Edit, source: Source, modules: Mapping[str, str]) 
     if found is None or len(found.nodes) != 1:
         raise BadPatchError(f"{edit.target} is not one definition in {source.path}")
     ours = _Ours(edit)
-    target = _definition(ast.parse(text), edit.target.partition(":")[2])
+    tree = ast.parse(text)
+    helpers = [name for name in ours.needed() if name != ours.name]
+    taken = ours.taken(tree) & set(helpers)
+    if taken:
+        raise BadPatchError(f"{edit.module} has a {min(taken)} of its own")
+    wanted = [_wanted(name, ours, modules) for name in sorted(ours.used())]
+    have = {meant: name for name, meant in imports(tree).items()}
+    at_home = {
+        each.meant: each.original for each in wanted if each.origin == edit.module
+    }
+    names = {
+        each.name: {**have, **at_home}[each.meant]
+        for each in wanted
+        if each.meant in have or each.meant in at_home
+    }
+    missing = [each for each in wanted if each.name not in names]
+    for each in missing:
+        if each.name in ours.taken(tree):
+            raise BadPatchError(f"{edit.module} has a {each.name} of its own")
+
+    target = _definition(tree, edit.target.partition(":")[2])
     lines = text.splitlines()
-    new = ours.code(ours.name, as_name=target.name)
-    head = target.lineno - 1  # decorators of the target stay
-    indent = " " * target.col_offset
-    lines[head : target.end_lineno] = textwrap.indent(new, indent).splitlines()
-    helpers = [ours.code(name) for name in ours.needed() if name != ours.name]
+    new = ours.code(ours.name, names, as_name=target.name)
+    indented = textwrap.indent(new, " " * target.col_offset).splitlines()
+    lines[target.lineno - 1 : target.end_lineno] = indented  # its decorators stay
     if helpers:
-        top = _top_level(ast.parse(text), target.lineno)
-        have = set(imports(ast.parse(text))) | _defined(ast.parse(text))
-        taken = have & set(ours.needed()) - {ours.name}
-        if taken:
-            raise BadPatchError(f"{edit.module} has a {min(taken)} of its own")
-        blocks = "\n\n\n".join(helpers).splitlines()
-        lines[top:top] = [*blocks, "", ""]
-    return _with_imports("\n".join(lines) + "\n", ours, edit.module, modules)
+        top = _top_level(tree, target.lineno)
+        blocks = "\n\n\n".join(ours.code(name, names) for name in helpers)
+        lines[top:top] = [*blocks.splitlines(), "", ""]
+    text = "\n".join(lines) + "\n"
+    for each in missing:
+        text = _imported(text, each)
+    return text
+
+
+@dataclass(frozen=True)
+class _Import:
+    """One imported name: ``from origin import original as name``, or plain."""
+
+    origin: str | None
+    original: str
+    name: str
+
+    @property
+    def meant(self) -> str:
+        return f"{self.origin}.{self.original}" if self.origin else self.original
 
 
 @dataclass
@@ -126,61 +157,95 @@ class _Ours:
         file = binding.our_file(module)
         if file is None:
             raise BadPatchError(f"{module} is no module of vllm-ext")
-        self.text = file.read_text("utf-8")
-        self.tree = ast.parse(self.text)
-        self.imported = imports(self.tree)
-        self.globals: dict[str, ast.stmt] = {}
-        for node in self.tree.body:
-            if isinstance(node, Definition):
-                self.globals[node.name] = node
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = (
-                    node.targets if isinstance(node, ast.Assign) else [node.target]
-                )
-                self.globals[ast.unparse(targets[0])] = node
+        self.lines = file.read_text("utf-8").splitlines()
+        tree = ast.parse("\n".join(self.lines))
+        self.imported = {each.name: each for each in _imports(tree)}
+        self.globals = _globals(tree)
         if self.name not in self.globals:
             raise BadPatchError(f"{self.edit.by} is not defined")
+        for node in self.globals.values():
+            own = _own_argument(node)
+            if own is not None:
+                own.annotation = None
+
+    def taken(self, tree: ast.Module) -> set[str]:
+        """Names that mean something in vLLM's file already."""
+        return {*imports(tree), *_globals(tree)}
 
     def used(self) -> set[str]:
-        """Names that the function and what it needs look up, ``self``'s type apart."""
-        return {
+        """Imported names that the function and what it needs look up."""
+        found = {
             part.id
             for name in self.needed()
-            for part in ast.walk(_without_self_type(self.globals[name]))
+            for part in ast.walk(self.globals[name])
             if isinstance(part, ast.Name)
         }
+        return found & set(self.imported)
 
     def needed(self) -> list[str]:
         """The function and the globals of its module that it needs, in their order."""
         found, new = {self.name}, [self.name]
         while new:
-            for part in ast.walk(_without_self_type(self.globals[new.pop()])):
+            for part in ast.walk(self.globals[new.pop()]):
                 if isinstance(part, ast.Name) and part.id in self.globals:
                     if part.id not in found:
                         new.append(part.id)
                     found.add(part.id)
         return [name for name in self.globals if name in found]
 
-    def code(self, name: str, as_name: str | None = None) -> str:
-        """A definition as it is written, under another name."""
+    def code(
+        self, name: str, names: Mapping[str, str], as_name: str | None = None
+    ) -> str:
+        """A definition as it is written, with imported names as they are upstream."""
         node = self.globals[name]
-        start = node.lineno
-        if isinstance(node, Definition) and node.decorator_list:
-            start = min(each.lineno for each in node.decorator_list)
-        lines = self.text.splitlines()[start - 1 : node.end_lineno]
-        text = "\n".join(lines)
+        decorators = node.decorator_list if isinstance(node, Definition) else []
+        start = min([node.lineno, *(each.lineno for each in decorators)])
+        lines = [line.encode() for line in self.lines]
+        parts = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+        for part in sorted(parts, key=lambda part: (part.lineno, -part.col_offset)):
+            line, after = (
+                lines[part.lineno - 1],
+                part.col_offset + len(part.id.encode()),
+            )
+            new = names.get(part.id, part.id).encode()
+            lines[part.lineno - 1] = line[: part.col_offset] + new + line[after:]
+        chosen = lines[start - 1 : node.end_lineno]
+        text = b"\n".join(chosen).decode()
         if as_name is not None:
             text = re.sub(rf"\b(def|class) {name}\b", rf"\1 {as_name}", text, count=1)
-            text = re.sub(r"\b(self|cls): [\w.\[\]]+", r"\1", text, count=1)
+        if _own_argument(node) is not None:
+            text = re.sub(r"\b(self|cls): [\w.]+(\[\w.]*\])?", r"\1", text, count=1)
         return text
 
 
-def _without_self_type(node: ast.stmt) -> ast.stmt:
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        every = [*node.args.posonlyargs, *node.args.args]
-        if every and every[0].arg in ("self", "cls"):
-            every[0].annotation = None
-    return node
+def _imports(tree: ast.Module) -> Iterator[_Import]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.asname or alias.name
+                yield _Import(None, alias.name, name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield _Import(node.module, alias.name, alias.asname or alias.name)
+
+
+def _globals(tree: ast.Module) -> dict[str, ast.stmt]:
+    found: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, Definition):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[ast.unparse(target)] = node
+    return found
+
+
+def _own_argument(node: ast.stmt) -> ast.arg | None:
+    """``self`` or ``cls``, whose type is what upstream's class is."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    first = [*node.args.posonlyargs, *node.args.args][:1]
+    return first[0] if first and first[0].arg in ("self", "cls") else None
 
 
 def _definition(tree: ast.Module, qualname: str) -> Definition:
@@ -202,66 +267,49 @@ def _top_level(tree: ast.Module, line: int) -> int:
     return 0
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    return {node.name for node in tree.body if isinstance(node, Definition)}
-
-
 # -- imports ---------------------------------------------------------------------------
 
 
-def _with_imports(
-    text: str, ours: _Ours, module: str, modules: Mapping[str, str]
-) -> str:
-    have = imports(ast.parse(text))
-    for name in sorted(ours.used() & set(ours.imported)):
-        meant = ours.imported[name]
-        if meant == module or meant.startswith(f"{module}."):
-            if meant != f"{module}.{name}":
-                raise BadPatchError(
-                    f"{ours.edit.by} calls {module} by the name {name}: finish by hand"
-                )
-            continue  # it is at home there
-        meant = _upstream_name(meant, modules, ours)
-        if have.get(name) == meant:
-            continue
-        if name in have:
-            raise BadPatchError(f"{name} means {have[name]} in {module}, not {meant}")
-        text = _imported(text, name, meant)
-    return text
-
-
-def _upstream_name(meant: str, modules: Mapping[str, str], ours: _Ours) -> str:
-    if meant in _TRITON:
-        return f"vllm.triton_utils.{_TRITON[meant]}"
-    for theirs_from, theirs in modules.items():
-        if meant.startswith(f"{theirs_from}."):
-            return theirs + meant.removeprefix(theirs_from)
-    if meant.startswith(KERNELS):
+def _wanted(name: str, ours: _Ours, modules: Mapping[str, str]) -> _Import:
+    """What has to be imported upstream for one of our imported names."""
+    have = ours.imported[name]
+    if have.meant in _TRITON:
+        return _Import("vllm.triton_utils", _TRITON[have.meant], name)
+    theirs = modules.get(have.origin or have.meant)
+    if theirs is not None and have.origin:
+        return _Import(theirs, have.original, name)
+    if have.meant in modules:
+        parent, _, last = modules[have.meant].rpartition(".")
+        return _Import(parent, last, name)
+    if have.meant.startswith(KERNELS):
         raise BadPatchError(
-            f"`modules` in upstream.py does not say what {meant.rpartition('.')[0]} "
-            "becomes in vLLM"
+            f"`modules` in upstream.py does not say what {have.origin} becomes in vLLM"
         )
-    if meant.startswith("vllm_ext."):
-        raise BadPatchError(f"{ours.edit.by} uses {meant}, which vLLM does not have")
-    return meant
+    if have.meant.startswith("vllm_ext."):
+        raise BadPatchError(f"{ours.edit.by} uses {have.meant}, which vLLM has not")
+    if have.meant == ours.edit.module:
+        raise BadPatchError(f"{ours.edit.by} imports {have.meant}: finish it by hand")
+    return have
 
 
-def _imported(text: str, name: str, meant: str) -> str:
+def _imported(text: str, wanted: _Import) -> str:
     """``text`` that imports one name more, where ruff would put it."""
     tree, lines = ast.parse(text), text.splitlines()
-    origin, _, original = meant.rpartition(".")
-    plain = not origin or name == meant
+    alias = ast.alias(
+        wanted.original, None if wanted.name == wanted.original else wanted.name
+    )
     statements = [
         node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
-    alias = ast.alias(original, name if name != original else None)
     for node in statements:
-        if isinstance(node, ast.ImportFrom) and node.module == origin and not plain:
+        if isinstance(node, ast.ImportFrom) and node.module == wanted.origin:
             names = sorted([*node.names, alias], key=_order)
-            lines[node.lineno - 1 : node.end_lineno] = _from(origin, names)
+            lines[node.lineno - 1 : node.end_lineno] = _from(str(node.module), names)
             return "\n".join(lines) + "\n"
-    new = [f"import {meant}"] if plain else _from(origin, [alias])
-    key = _place(None if plain else origin, meant)
+    new = [f"import {ast.unparse(alias)}"]
+    if wanted.origin:
+        new = _from(wanted.origin, [alias])
+    key = _place(wanted.origin, wanted.original)
     before = [node for node in statements if _key(node) < key]
     if before:
         at, same = before[-1].end_lineno or 0, _key(before[-1])[0] == key[0]
@@ -275,7 +323,7 @@ def _imported(text: str, name: str, meant: str) -> str:
 
 
 def _from(origin: str, names: list[ast.alias]) -> list[str]:
-    told = [f"{it.name} as {it.asname}" if it.asname else it.name for it in names]
+    told = [ast.unparse(each) for each in names]
     line = f"from {origin} import {', '.join(told)}"
     if len(line) <= WIDTH:
         return [line]
@@ -321,7 +369,7 @@ def _moved(modules: Mapping[str, str], source: Source) -> list[Changed]:
         used = {name for name, it in imports(ast.parse(moved)).items() if it in _TRITON}
         moved = re.sub(r"^import triton(\.language as tl)?\n", "", moved, flags=re.M)
         for name in sorted(used):
-            moved = _imported(moved, name, f"vllm.triton_utils.{name}")
+            moved = _imported(moved, _Import("vllm.triton_utils", name, name))
         changes.append(Changed(f"{theirs.replace('.', '/')}.py", "", moved))
     return changes
 
@@ -338,12 +386,14 @@ def _formatted(before: str, after: str) -> str:
         return after
 
     def formatted(text: str) -> str:
-        done = subprocess.run(
-            [ruff, "format", "--isolated", "--line-length", str(WIDTH), "-"],
-            input=text,
-            capture_output=True,
-            text=True,
-        )
-        return done.stdout if done.returncode == 0 else text
+        for command in (["check", "--select", "I", "--fix"], ["format"]):
+            done = subprocess.run(
+                [ruff, *command, "--isolated", "--quiet", "--config", _LAYOUT, "-"],
+                input=text,
+                capture_output=True,
+                text=True,
+            )
+            text = done.stdout if done.returncode == 0 else text
+        return text
 
     return formatted(after) if formatted(before) == before else after
