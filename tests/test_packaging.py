@@ -95,6 +95,8 @@ def test_the_wheel_holds_one_package(wheel: Path):
     } <= set(names)
     for patch in SERIES:
         assert f"vllm_ext/patches/{patch.name}/replacement.py" in names
+        for form in (ROOT / "patches" / patch.name).glob("*.patch"):
+            assert f"vllm_ext/patches/{patch.name}/{form.name}" in names
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(names)
     assert "vllm_ext = vllm_ext.plugin:register" in entries
     required = [line for line in metadata.splitlines() if "Requires-Dist" in line]

@@ -311,13 +311,19 @@ def _imported(text: str, wanted: _Import) -> str:
         new = _from(wanted.origin, [alias])
     key = _place(wanted.origin, wanted.original)
     before = [node for node in statements if _key(node) < key]
-    if before:
-        at, same = before[-1].end_lineno or 0, _key(before[-1])[0] == key[0]
-        new = new if same else ["", *new]
+    after = [node for node in statements if _key(node) > key]
+    if after and _key(after[0])[0] == key[0]:
+        at = after[0].lineno - 1
+    elif before:
+        at = before[-1].end_lineno or 0
+        new = new if _key(before[-1])[0] == key[0] else ["", *new]
+    elif after:
+        at, new = after[0].lineno - 1, [*new, ""]
     else:
-        at = statements[0].lineno - 1 if statements else 0
-        same = bool(statements) and _key(statements[0])[0] == key[0]
-        new = new if same else [*new, ""]
+        first = tree.body[0]
+        has_docstring = ast.get_docstring(tree) is not None
+        at = first.end_lineno or 0 if has_docstring else first.lineno - 1
+        new = ["", *new] if has_docstring else [*new, "", ""]
     lines[at:at] = new
     return "\n".join(lines) + "\n"
 
@@ -370,7 +376,8 @@ def _moved(modules: Mapping[str, str], source: Source) -> list[Changed]:
         moved = re.sub(r"^import triton(\.language as tl)?\n", "", moved, flags=re.M)
         for name in sorted(used):
             moved = _imported(moved, _Import("vllm.triton_utils", name, name))
-        changes.append(Changed(f"{theirs.replace('.', '/')}.py", "", moved))
+        path = f"{theirs.replace('.', '/')}.py"
+        changes.append(Changed(path, "", _formatted("", moved)))
     return changes
 
 

@@ -248,14 +248,12 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _sync_check(patch: Patch) -> str:
-    verdict = next(
-        each for each in gpu.from_files(results.RESULTS) if each.subject == patch.name
-    )
-    if verdict.outcome == "proven on GPU":
-        return (
-            "With `VLLM_GPU_SYNC_CHECK=error` and `--jit-monitor-mode=error`: "
-            f"{verdict.detail} (result file `{verdict.evidence}`)."
-        )
+    for verdict in gpu.from_files(results.RESULTS):
+        if verdict.subject == patch.name and verdict.outcome == "proven on GPU":
+            return (
+                "With `VLLM_GPU_SYNC_CHECK=error` and `--jit-monitor-mode=error`: "
+                f"{verdict.detail} (result file `{verdict.evidence}`)."
+            )
     return (
         "Not run on a GPU yet: paste what the commands of the test plan say, or that "
         "they said nothing."
