@@ -267,7 +267,6 @@ def post_reference(
     total_len: torch.Tensor,
     num_computed_tokens: torch.Tensor,
     output_bin_counts: torch.Tensor | None = None,
-    output_bits: torch.Tensor | None = None,
 ) -> None:
     """The definition of `post`."""
     for row, seat in _real(staging, padded):
@@ -279,9 +278,6 @@ def post_reference(
         num_computed_tokens[seat] += 1
         if output_bin_counts is not None:
             output_bin_counts[seat, token] += 1
-        if output_bits is not None:
-            bit = torch.tensor(1, dtype=torch.int32) << token % 32
-            output_bits[seat, token // 32] |= bit.to(output_bits.device)
 
 
 # -- the kernels -----------------------------------------------------------------------
@@ -373,12 +369,11 @@ def _prep_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("ring_stride", "all_tokens_stride", "counts_stride", "bits_stride"),
+        *("ring_stride", "all_tokens_stride", "counts_stride"),
     ],
     do_not_specialize_on_alignment=[
         *("staging_ptr", "tokens_ptr", "ring_ptr", "last_sampled_ptr"),
         *("all_tokens_ptr", "total_len_ptr", "num_computed_ptr", "counts_ptr"),
-        "bits_ptr",
     ],
 )
 def _post_kernel(
@@ -393,8 +388,6 @@ def _post_kernel(
     num_computed_ptr,  # [N] int32
     counts_ptr,  # [N, V] int32, or None
     counts_stride,
-    bits_ptr,  # [N, V / 32] int32, or None
-    bits_stride,
 ):
     row = tl.program_id(0)
     rows = tl.load(staging_ptr)
@@ -414,10 +407,6 @@ def _post_kernel(
     if counts_ptr is not None:
         count_ptr = counts_ptr + seat * counts_stride + token
         tl.store(count_ptr, tl.load(count_ptr) + 1)
-    if bits_ptr is not None:
-        word_ptr = bits_ptr + seat * bits_stride + token // 32
-        bit = tl.full((), 1, tl.int32) << (token % 32).to(tl.int32)
-        tl.store(word_ptr, tl.load(word_ptr) | bit)
 
 
 # -- the launchers ---------------------------------------------------------------------
@@ -515,7 +504,6 @@ def post(
     total_len: torch.Tensor,
     num_computed_tokens: torch.Tensor,
     output_bin_counts: torch.Tensor | None = None,
-    output_bits: torch.Tensor | None = None,
 ) -> None:
     """Take down the tokens of a step, for its requests and for the host.
 
@@ -531,8 +519,6 @@ def post(
         num_computed_tokens: ``[N]`` int32; grows by 1.
         output_bin_counts: ``[N, >= V]`` int32, or ``None``: how often each token was
             generated.
-        output_bits: ``[N, >= ceil(V / 32)]`` int32, or ``None``: which tokens were, as
-            in ``sample.Requests``.
 
     Raises:
         ValueError: Arguments do not fit together.
@@ -544,10 +530,8 @@ def post(
     _check(all_token_ids, "all_token_ids", torch.int32, 1, dims=2)
     _check(total_len, "total_len", torch.int32, 1)
     _check(num_computed_tokens, "num_computed_tokens", torch.int32, 1)
-    planes = {"output_bin_counts": output_bin_counts, "output_bits": output_bits}
-    for name, plane in planes.items():
-        if plane is not None:
-            _check(plane, name, torch.int32, 1, dims=2)
+    if output_bin_counts is not None:
+        _check(output_bin_counts, "output_bin_counts", torch.int32, 1, dims=2)
     _post_kernel[(padded,)](
         staging,
         tokens,
@@ -560,8 +544,6 @@ def post(
         num_computed_tokens,
         output_bin_counts,
         0 if output_bin_counts is None else output_bin_counts.stride(0),
-        output_bits,
-        0 if output_bits is None else output_bits.stride(0),
         num_warps=POST_WARPS,
     )
 
@@ -586,8 +568,7 @@ def warm(max_rows: int, vocab_size: int, device: torch.device) -> None:
             *(by_seat, is_padding),
         )
     for counts in (None, plane):
-        for bits in (None, plane):
-            post(
-                *(staging, max_rows, tokens, by_seat.view(1, -1), tokens, plane),
-                *(by_seat, by_seat, counts, bits),
-            )
+        post(
+            *(staging, max_rows, tokens, by_seat.view(1, -1), tokens, plane),
+            *(by_seat, by_seat, counts),
+        )

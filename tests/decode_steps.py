@@ -98,7 +98,6 @@ class World:
         self.states = stock.RequestState(SEATS, LENGTH, TOKENS, 0, V, device)
         self.buffers = stock.InputBuffers(SEATS, TOKENS, device)
         self.counts = torch.zeros(SEATS, V, dtype=torch.int32, device=device)
-        self.bits = torch.zeros(SEATS, V // 32 + 1, dtype=torch.int32, device=device)
         self.ring = torch.zeros(
             SLOTS_OF_RING, TOKENS, dtype=torch.int32, device=device
         ).fill_(CANARY)
@@ -153,7 +152,6 @@ class World:
         states.last_sampled_tokens[seat] = token
         states.all_token_ids.gpu[seat, length] = token
         self.counts[seat] = 0
-        self.bits[seat] = 0
 
     def appended(
         self, seats: Sequence[int], number: int
@@ -272,7 +270,7 @@ class World:
         post(
             *(staging, padded, tokens, self.ring, states.last_sampled_tokens),
             *(states.all_token_ids.gpu, states.total_len.gpu),
-            *(states.num_computed_tokens.gpu, self.counts, self.bits),
+            *(states.num_computed_tokens.gpu, self.counts),
         )
         rows = min(int(staging[decode_inputs.ROWS]), padded)
         seats = staging[decode_inputs.HEADER :][:rows].tolist()
@@ -339,7 +337,7 @@ def far_step(module: Any) -> None:
     def rows(at: int) -> torch.Tensor:
         return far[at:].as_strided((3, 8), (stride, 1))
 
-    table, input_table, all_tokens, counts, bits = map(rows, range(0, 80, 16))
+    table, input_table, all_tokens, counts = map(rows, range(0, 64, 16))
     slots = far.view(torch.int64)[64:].as_strided((3, 3), (stride, 1))
     table[2] = torch.tensor([5, 6, 7, 0, 0, 0, 0, 0])
     small = torch.zeros(8, dtype=torch.int32)
@@ -361,10 +359,9 @@ def far_step(module: Any) -> None:
     module.post(
         *(torch.from_numpy(staging), 3, long + 3, small.view(2, 4), long.clone()),
         *(all_tokens, torch.full((3,), 4, dtype=torch.int32), computed),
-        *(counts, bits),
+        counts,
     )
     assert input_table[2, :3].tolist() == [5, 6, 7]
     assert slots[:, 2].tolist() == [7 * 16 + 8] * 3
     assert all_tokens[2].tolist() == [0, 0, 0, 0, 3, 0, 0, 0]
     assert counts[2].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert bits[2].tolist() == [8, 0, 0, 0, 0, 0, 0, 0]

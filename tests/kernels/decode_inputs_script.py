@@ -42,7 +42,6 @@ def memory(device):
         "last": numbers(SEATS, 1).long(),
         "all_tokens": numbers(SEATS, LENGTH),
         "counts": numbers(SEATS, V),
-        "bits": numbers(SEATS, 2),
         "table 0": numbers(SEATS, LENGTH // 16 + 1),
         "table 1": numbers(SEATS, LENGTH // 4 + 1),
         "input table 0": numbers(PADDED + 1, LENGTH // 16 + 1),
@@ -76,7 +75,7 @@ def step(memory, staging, groups, prep=module.prep, post=module.post):
     post(
         *(staging, PADDED, memory["tokens"], memory["ring"], memory["last"]),
         *(memory["all_tokens"], memory["total"], memory["computed"]),
-        *(memory["counts"], memory["bits"]),
+        memory["counts"],
     )
 
 

@@ -96,7 +96,6 @@ def test_a_step_is_stocks(padded, rows, groups, decoding, device):
         assert world.ring[1, :rows].tolist() == tokens[:rows].tolist()
         assert (world.ring[1, rows:] == CANARY).all()
         assert (world.ring[[0, 2]] == CANARY).all()
-    assert torch.equal(ours.bits, plain.bits)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +149,6 @@ def test_a_workload_is_stocks(groups, by_turns, decoding, device):
             )
         assert_same_state(ours, theirs)
     assert min(steps.values()) >= 10
-    if not by_turns:
-        said = (
-            ours.bits[:, torch.arange(V) // 32] >> torch.arange(V, device=device) % 32
-        )
-        assert torch.equal((said & 1).bool(), ours.counts > 0)
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
@@ -236,16 +230,6 @@ def test_rows_that_are_gigabytes_apart(device):
     if device.type != "cpu":
         pytest.skip("not run: memory of a GPU is not only reserved")
     far_step(module)
-
-
-def test_the_last_bit_of_a_word_is_a_bit(decoding, device):
-    [ours] = worlds(decoding, ONE, device, {2: 20, 3: 20}, 1)
-    ours.bits[2] = -1
-    for tokens in ([31, 63], [32, 64], [0, 31]):
-        tokens = torch.tensor(tokens, device=device)
-        ours.account(ours.staging([2, 3], 2, []), 2, tokens, module.post)
-    assert ours.bits[2].tolist() == [-1, -1, -1]
-    assert ours.bits[3].tolist() == [-(2**31), -(2**31), 1]
 
 
 def test_what_is_optional_may_be_left_out(decoding, device):
@@ -348,7 +332,7 @@ def arguments(kernel, device):
         }
     return {
         **{**common, "tokens": long, "ring": short.view(2, 4), "total_len": short},
-        **{"all_token_ids": plane, "output_bin_counts": plane, "output_bits": plane},
+        **{"all_token_ids": plane, "output_bin_counts": plane},
     }
 
 
@@ -369,7 +353,7 @@ def test_what_does_not_fit_is_refused(kernel, device):
             with pytest.raises(ValueError, match=f"{name} must be"):
                 launch(**{**given, name: each})
             seen += 1
-    assert seen == {"prep": 20, "post": 20}[kernel]
+    assert seen == {"prep": 20, "post": 18}[kernel]
 
 
 def test_a_graph_larger_than_the_input_tables_is_refused():

@@ -112,7 +112,6 @@ def state(module: Any, stock: Any) -> None:
             *(plain.staging(SEATED, PADDED, [], number + 1), PADDED),
             *(torch.tensor(tokens), decode_inputs.post_reference),
         )
-    assert torch.equal(ours.bits, plain.bits)
     assert torch.equal(ours.ring, plain.ring)
     assert (ours.ring[0] == CANARY).all()
 
@@ -129,7 +128,6 @@ def no_request(module: Any, stock: Any) -> None:
     plain.prepare(staging, PADDED, decode_inputs.prep_reference)
     plain.account(staging, PADDED, tokens, decode_inputs.post_reference)
     assert_same_state(ours, plain)
-    assert torch.equal(ours.bits, plain.bits)
     assert torch.equal(ours.ring, plain.ring)
     for name, tensor in kept(ours).items():
         assert torch.equal(tensor, kept(plain)[name]), name
@@ -293,10 +291,6 @@ PLANTED: dict[str, tuple[Check, str, str]] = {
             "counts_ptr + seat * counts_stride",
             "counts_ptr + row * counts_stride",
         ),
-    ),
-    "bits are set": (*(state, "tl.load(word_ptr) | bit", "bit"),),
-    "bits are counted from the top": (
-        *(state, "(token % 32).to(tl.int32)", "(31 - token % 32).to(tl.int32)"),
     ),
     # Padding, offsets, order.
     "rows behind the last are prepared": (

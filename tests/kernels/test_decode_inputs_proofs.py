@@ -143,7 +143,7 @@ def test_warm_launches_every_variant_of_serving(device, monkeypatch):
         monkeypatch.setattr(module, name, Recording())
     module.warm(8, 3000, device)
     warmed = variants()
-    assert len(warmed) == 2 + 4
+    assert len(warmed) == 2 + 2
     stock = stock_modules()
     for groups in GROUPS.values():
         world = World(stock, groups, device)
