@@ -119,9 +119,41 @@ def test_the_patch_for_v1_takes_four_waits_away(result):
     assert waits(result, V1, "patched", RESTORED) == []
 
 
+def test_the_patches_for_v1_wait_for_no_last_token(result):
+    for feature in ("three penalties", "bad words"):
+        events = waits(result, V1, "stock", feature, "events")
+        assert "update_async_output_token_ids" in events
+        patched = waits(result, V1, "patched", feature, "events")
+        assert set(patched) == {"synchronize_input_prep", "get_output"}
+    penalties = "three penalties"
+    assert launches(result, "patched", penalties) < launches(result, "stock", penalties)
+
+
+def launches(result, side, feature):
+    return result[V1.title][side][feature]["submitted"]["launch"]
+
+
+def test_the_patches_for_v1_read_drafts_back_in_one_wait(result):
+    for feature, number in {"n-gram drafts": 1, "n-gram drafts, logprobs": 10}.items():
+        stock = result[V1_DRAFTS.title]["stock"][feature]["waits"]
+        assert sum(wait["times"] for wait in stock) == 2 * number
+        assert waits(result, V1_DRAFTS, "patched", feature) == []
+
+
+def test_the_patches_for_v1_pin_the_mask_of_allowed_tokens(result):
+    assert "copy_slice" in waits(result, V1, "stock", "allowed ids", "first")
+    assert waits(result, V1, "patched", "allowed ids", "first") == []
+
+
+# A word that hangs on the last token is decided on the device, not waited for.
+TRADED = "bad words"
+
+
 def test_no_patched_step_submits_more(result):
     for run in audit.RUNS:
         for feature, patched in result[run.title]["patched"].items():
+            if (run, feature) == (V1, TRADED):
+                continue
             stock = result[run.title]["stock"][feature]["submitted"]
             for kind, number in patched["submitted"].items():
                 assert number <= stock[kind], (run.title, feature, kind)

@@ -57,7 +57,7 @@ def _without(modules: str) -> list[str]:
     ]
 
 
-V1_PATCHES, V2_PATCHES = _without(".worker.gpu."), _without(".v1.sample.")
+V1_PATCHES, V2_PATCHES = _without(".worker.gpu."), _without(".gpu_model_runner")
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,22 @@ DRAFTS = (
     *("n-gram drafts", "n-gram drafts, logprobs", "n-gram drafts, JSON schema"),
     "n-gram drafts, thinking budget",
 )
-# The longest first: two run at a time. The patch for V1 changes one function, which
-# runs for minimum tokens alone.
+# The longest first: two run at a time. The patches for V1 concern few features.
 RUNS = (
     Run(2, "asynchronous", "Model Runner V2, asynchronous scheduling", MAIN),
     Run(
         *(1, "asynchronous", "Model Runner V1, asynchronous scheduling"),
-        ("greedy", "min_tokens, stop tokens", "min_tokens, stop tokens, JSON schema"),
+        (
+            *("greedy", "three penalties", "allowed ids", "bad words"),
+            *("min_tokens, stop tokens", "min_tokens, stop tokens, JSON schema"),
+            "thinking budget",
+        ),
     ),
     Run(2, "drafts", "Model Runner V2, speculation, synchronous scheduling", DRAFTS),
-    Run(1, "drafts", "Model Runner V1, speculation, synchronous scheduling", ()),
+    Run(
+        *(1, "drafts", "Model Runner V1, speculation, synchronous scheduling"),
+        ("n-gram drafts", "n-gram drafts, logprobs"),
+    ),
 )
 
 
@@ -143,7 +149,7 @@ SITES = (
     Site(
         *("vllm/v1/worker/gpu_input_batch.py", "update_async_output_token_ids"),
         "V1, asynchronous: penalties, bad words, thinking budgets",
-        "an event of the last step's tokens, which the host needs before it goes on",
+        "an event of the last step's tokens; `v1_last_token` leaves it to budgets",
     ),
     Site(
         *("vllm/v1/sample/logits_processor/builtin.py", "_mask_stop_token_logits"),
@@ -157,17 +163,17 @@ SITES = (
     Site(
         *("vllm/v1/sample/rejection_sampler.py", "parse_output"),
         "V1, synchronous scheduling, speculation, every step",
-        "asynchronous scheduling or V2",
+        "an event, under `v1_copy_back`; asynchronous scheduling or V2",
     ),
     Site(
         *("vllm/v1/outputs.py", "tolists"),
         "V1, synchronous scheduling, logprobs, every step",
-        "asynchronous scheduling or V2",
+        "an event instead of three waits, under `v1_copy_back`",
     ),
     Site(
         *("vllm/v1/outputs.py", "filter"),
         "V1, synchronous scheduling, speculation with logprobs, every step",
-        "a mask made on the host indexes three tensors of the device",
+        "six waits for a mask made on the host; `v1_copy_back` removes them",
     ),
     Site(
         *(GPU1, "_prepare_inputs", "V1, speculation: counts of accepted tokens"),
@@ -190,7 +196,7 @@ SITES = (
     Site(
         *("vllm/v1/utils.py", "copy_slice"),
         "V1: allowed ids, when such a request arrives",
-        "its mask lies in memory that is not pinned",
+        "its mask lies in memory that is not pinned; `v1_pinned_mask` pins it",
     ),
     Site(
         *("vllm/v1/sample/thinking_budget_state.py", "update_state"),
