@@ -19,10 +19,7 @@ PATCH = Patch(
         Rung 3 of the ladder: two wrappers that hand stock's own methods tensors of
         the host. There is no hook, and no smaller callee has all the tensors.
     """,
-    retire_when="""
-        RejectionSampler.parse_output and LogprobsTensors.tolists copy without blocking
-        and wait once.
-    """,
+    retire_when="parse_output and tolists copy without blocking, and wait once.",
     edits=(
         Edit(f"{_TENSORS}.tolists", by=f"{_BY}:after_one_wait", how="wrap"),
         Edit(f"{_REJECTION}.parse_output", by=f"{_BY}:parse_on_host", how="wrap"),

@@ -25,10 +25,7 @@ PATCH = Patch(
         The waiting call and the counting are lines of larger functions; there is no
         hook, and no one callee that has both the batch and the logits.
     """,
-    retire_when="""
-        update_async_output_token_ids is gone, or no longer called for penalties and
-        bad words.
-    """,
+    retire_when="update_async_output_token_ids is not called for penalties any more.",
     edits=(
         Edit(f"{_RUNNER}._sample", by=f"{_BY}:sample_ahead", how="wrap"),
         Edit(
