@@ -10,6 +10,7 @@ from vllm_ext.patches.late_metadata import PATCH as LATE_METADATA
 from vllm_ext.patches.min_tokens_restore import PATCH as MIN_TOKENS_RESTORE
 from vllm_ext.patches.repeated_batch import PATCH as REPEATED_BATCH
 from vllm_ext.patches.scheduler_fast_path import PATCH as SCHEDULER_FAST_PATH
+from vllm_ext.patches.step_graph import PATCH as STEP_GRAPH
 from vllm_ext.patches.v1_copy_back import PATCH as V1_COPY_BACK
 from vllm_ext.patches.v1_last_token import PATCH as V1_LAST_TOKEN
 from vllm_ext.patches.v1_pinned_mask import PATCH as V1_PINNED_MASK
@@ -29,4 +30,5 @@ SERIES: tuple[Patch, ...] = (
     V1_LAST_TOKEN,
     V1_COPY_BACK,
     V1_PINNED_MASK,
+    STEP_GRAPH,  # puts a class over one whose methods others wrap
 )

@@ -7,7 +7,8 @@ the engine a `capture` of its own: `graphs_that_replay` runs the captured forwar
 again, over the buffers that capture saw, as a graph would.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 BLOCK_SIZE = 16
@@ -90,7 +91,37 @@ def graphs_that_replay(runner: Any) -> dict[str, int]:
     stock, CudaGraphManager.capture = CudaGraphManager.capture, capture
     try:
         init_workspace_manager(torch.device("cpu"))
-        runner.capture_model()
+        with _recorded(lambda work: work):
+            runner.capture_model()
     finally:
         CudaGraphManager.capture = stock
     return count
+
+
+def step_graphs(
+    runner: Any, replay: Callable[[Callable[[], None]], Callable[[], None]]
+) -> None:
+    """Let a ``runner`` of the patch step_graph capture its own graphs.
+
+    Args:
+        runner: Its other graphs have been captured.
+        replay: Given what a graph holds, returns what its replay is to call.
+    """
+    with _recorded(replay):
+        runner.capture_step_graph()
+
+
+@contextmanager
+def _recorded(
+    replay: Callable[[Callable[[], None]], Callable[[], None]],
+) -> Iterator[None]:
+    from vllm_ext.patches.step_graph import graphs
+
+    def record(work: Callable[[], None], *_: Any) -> Graph:
+        return Graph(replay(work))
+
+    stock, graphs.record = graphs.record, record
+    try:
+        yield
+    finally:
+        graphs.record = stock

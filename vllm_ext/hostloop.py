@@ -113,11 +113,11 @@ class HostLoop:
         self._counting: Submissions | None = None
         with self._host.watching():
             self._engine = _build_engine()
-        self._core = self._engine.engine_core.engine_core
-        worker = self._core.model_executor.driver_worker.worker
-        self._runner: Any = worker.model_runner
-        self._replays = 0
-        self._stub()
+            self._core = self._engine.engine_core.engine_core
+            worker = self._core.model_executor.driver_worker.worker
+            self._runner: Any = worker.model_runner
+            self._replays = 0
+            self._stub()
         self._clocks: dict[str, list[float]] | None = None  # seconds, by part
         self._disturbed: list[bool] = []  # by step that is timed
         self._running: list[str] = []
@@ -316,15 +316,20 @@ class HostLoop:
         runner.model.forward = forward
         runner.model.compute_logits = compute_logits
 
+        def submit_graph() -> None:
+            self._submitted("graph", "replay (stubbed)")
+
         def replay() -> None:
             self._replays += 1
-            self._submitted("graph", "replay (stubbed)")
+            submit_graph()
 
         graphs = runner.cudagraph_manager
         for described in graphs._capture_descs.values():
             graphs.graphs.update(dict.fromkeys(described, gpupath.Graph(replay)))
         graphs.hidden_states = hidden
         graphs._graphs_captured = True
+        if hasattr(runner, "capture_step_graph"):
+            gpupath.step_graphs(runner, lambda work: submit_graph)
 
         def update_from_output(scheduled: Any, output: Any) -> Any:
             started = thread_time()

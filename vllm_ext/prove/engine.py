@@ -76,6 +76,9 @@ def model_runner(llm: Any) -> Any:
 @cache
 def put_on_device() -> None:
     """Let engines that are built from now on work on the pretend device."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # a patch may put another class in the place of a runner's
     # vLLM's CPU worker puts its own no-ops in the place of torch's CUDA functions.
     name = "vllm.v1.worker.cpu.shm"
     sys.modules[name] = types.ModuleType(name)

@@ -1,0 +1,199 @@
+"""A step by the graphs beside the same step by stock code, and what differs.
+
+The graphs run first, on the state that stock is about to start from; what they wrote
+is copied away, and what they changed of that state is put back. Then stock runs as if
+nothing had been, and its step is the one that is served. So a graph that is wrong has
+cost time, and no token.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import vllm.envs as envs
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+from vllm_ext.kernels import decode_inputs
+from vllm_ext.patches.fused_sampler.state import FILTERS
+from vllm_ext.patches.step_graph.eligibility import Plan
+from vllm_ext.patches.step_graph.graphs import StepGraph
+
+VARIABLE = "VEXT_STEP_GRAPH_CHECK"
+FIRST = 2  # steps of each graph
+
+
+class Calendar:
+    """Which eligible steps are checked: the first of each graph, and every so often.
+
+    Args:
+        text: What `VARIABLE` says: how often; 0 for never, not even the first.
+    """
+
+    def __init__(self, text: str | None = None) -> None:
+        text = os.environ.get(VARIABLE, "") if text is None else text
+        self._every = int(text) if text.isdecimal() else 0
+        self._first = 0 if text == "0" else FIRST
+        self._steps = 0
+        self._seen: dict[tuple[int, bool], int] = {}
+
+    def due(self, plan: Plan) -> bool:
+        """Whether to check this step; asked once for each."""
+        self._steps += 1
+        key = plan.padded, bool(plan.asks & FILTERS)
+        seen = self._seen.get(key, 0)
+        if seen < self._first:
+            self._seen[key] = seen + 1
+            return True
+        return self._every > 0 and self._steps % self._every == 0
+
+
+class Check:
+    """One step twice. Runs the prep graph when it is made, before stock's step.
+
+    Args:
+        graph: The graphs.
+        plan: The step.
+    """
+
+    def __init__(self, graph: StepGraph, plan: Plan) -> None:
+        self._graph, self._plan = graph, plan
+        tables = graph.buffers.groups.block_tables
+        before = [table.clone() for table in tables]
+        graph.prepare(plan)
+        self._inputs = self._read_inputs()
+        for table, old in zip(tables, before, strict=True):
+            table.copy_(old)
+
+    def draw(self, batch: Any) -> None:
+        """Run the sampler graph, between stock's forward pass and stock's sampler.
+
+        Args:
+            batch: Stock's ``InputBatch``.
+        """
+        graph, plan = self._graph, self._plan
+        buffers, runner = graph.buffers, graph.runner
+        rows = len(plan.requests)
+        self._stock_inputs = self._read_inputs()
+        # Logits of as many rows as the graph's: what a product has in its rows may
+        # depend, in the last bits, on how many there are.
+        logits = runner.model.compute_logits(buffers.hidden_states[: plan.padded])
+        expected = runner.sampler(logits[:rows], batch).sampled_token_ids[:, 0]
+
+        seats = decode_inputs.seats(buffers.staging, plan.padded)[:rows].long()
+        self._seats, self._lengths = seats, buffers.total_len[seats].long()
+        small = buffers.num_computed_tokens, buffers.last_sampled_tokens
+        whole = [(tensor, tensor.clone()) for tensor in (*small, buffers.total_len)]
+        cells = buffers.all_token_ids[seats, self._lengths]
+        counts = buffers.output_bin_counts[seats]
+        graph.replay_sampler(plan)
+        self._state = self._read_state()
+        for tensor, old in whole:
+            tensor.copy_(old)
+        buffers.all_token_ids[seats, self._lengths] = cells
+        buffers.output_bin_counts[seats] = counts
+
+        number = graph.slot.number
+        self._tokens = {
+            "sampled tokens": expected.int(),
+            "ring.tokens": buffers.ring.tokens[number, :rows].clone(),
+        }
+
+    def problems(self) -> list[str]:
+        """What differs, a line each; after stock's step. Waits for the device."""
+        with gpu_sync_allowed():
+            return [*self._wrong_inputs(), *self._wrong_tokens(), *self._wrong_state()]
+
+    # -- what is looked at -------------------------------------------------------------
+
+    def _read_inputs(self) -> dict[str, torch.Tensor]:
+        buffers, rows = self._graph.buffers, len(self._plan.requests)
+        padded = self._plan.padded
+        found = {
+            # Stock leaves these two of padding rows as they are.
+            "input_ids": buffers.input_ids[:rows],
+            "positions": buffers.positions[:rows],
+            "seq_lens": buffers.seq_lens[:padded],
+            "query_start_loc": buffers.query_start_loc[: padded + 1],
+            "slot_mappings": buffers.groups.slot_mappings[:, :padded],
+        }
+        if envs.VLLM_MOE_SKIP_PADDING:  # without, nobody reads it and stock lets it be
+            found["is_padding"] = buffers.is_padding[:padded]
+        for group, table in enumerate(buffers.groups.block_tables):
+            found[f"block_tables[{group}]"] = table
+        for group, table in enumerate(buffers.groups.input_block_tables):
+            found[f"input_block_tables[{group}]"] = table[:padded]
+        return {name: tensor.clone() for name, tensor in found.items()}
+
+    def _read_state(self) -> dict[str, torch.Tensor]:
+        buffers = self._graph.buffers
+        return {
+            "num_computed_tokens": buffers.num_computed_tokens.clone(),
+            "total_len": buffers.total_len.clone(),
+            "last_sampled_tokens": buffers.last_sampled_tokens[:, 0].clone(),
+            "all_token_ids": buffers.all_token_ids[self._seats, self._lengths],
+            "output_bin_counts": buffers.output_bin_counts[self._seats],
+        }
+
+    def _wrong_inputs(self) -> Iterator[str]:
+        layout = self._graph.runner.block_tables
+        used = {
+            f"input_block_tables[{group}]": self._plan.computed // size + 1
+            for group, size in enumerate(layout.block_sizes)
+        }
+        for name, ours in self._inputs.items():
+            mine, theirs = ours.cpu().numpy(), self._stock_inputs[name].cpu().numpy()
+            if name in used:  # behind a row's blocks is what was there before
+                for row, blocks in enumerate(used[name]):
+                    mine[row, blocks:] = theirs[row, blocks:]
+            yield from _difference(name, mine, theirs)
+
+    def _wrong_tokens(self) -> Iterator[str]:
+        if self._plan.asks & FILTERS and self._graph.runner.sampler.use_flashinfer:
+            return  # other random numbers, of the same distribution
+        expected, ours = (each.cpu().numpy() for each in self._tokens.values())
+        yield from _difference("sampled tokens", ours, expected)
+
+    def _wrong_state(self) -> Iterator[str]:
+        ours = {name: each.cpu().numpy() for name, each in self._state.items()}
+        theirs = {name: each.cpu().numpy() for name, each in self._read_state().items()}
+        seats = self._seats.cpu().numpy()
+        # The logits of stock's step may have been others in their last bits; what a
+        # token leaves behind is compared where it is the same.
+        name = "last_sampled_tokens"
+        other = ours[name] != theirs[name]
+        served = theirs["all_token_ids"]
+        drawn = self._tokens["ring.tokens"].cpu().numpy()
+        if (other[seats] & (served == drawn)).any() or other.sum() > (
+            served != drawn
+        ).sum():
+            yield from _difference(name, ours[name], theirs[name])
+        for name in ("num_computed_tokens", "total_len"):
+            yield from _difference(name, ours[name], theirs[name])
+        same = served == drawn
+        for name in ("all_token_ids", "output_bin_counts"):
+            yield from _difference(name, ours[name][same], theirs[name][same])
+
+
+def _difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[str]:
+    different = np.argwhere(ours != theirs)
+    if len(different):
+        at = tuple(int(index) for index in different[0])
+        yield (
+            f"{name}{list(at)} is {ours[at]} instead of {theirs[at]}, "
+            f"{len(different)} of {ours.size} differ"
+        )
+
+
+def agree(right: bool) -> bool:
+    """Whether it is so on all ranks, so that they go on in the same way."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return right
+    flag = torch.tensor([right], dtype=torch.int32)
+    torch.distributed.all_reduce(
+        flag, op=torch.distributed.ReduceOp.MIN, group=group.cpu_group
+    )
+    return bool(flag)  # on the host: no sync

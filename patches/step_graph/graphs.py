@@ -1,0 +1,315 @@
+"""The graphs around vLLM's forward graph, and what the host does for a step of them.
+
+An eligible step is one copy to the device, three replays (prep graph, vLLM's forward
+graph, sampler graph), and one copy back. Nothing is allocated in it on either side.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
+from vllm.utils.torch_utils import current_stream
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import stream
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    make_cudagraph_stats,
+    prepare_inputs_to_capture,
+)
+
+from vllm_ext.kernels import decode_inputs
+from vllm_ext.patches.fused_sampler.state import FILTERS, Seats
+from vllm_ext.patches.step_graph import eligibility
+from vllm_ext.patches.step_graph.buffers import make_buffers
+from vllm_ext.patches.step_graph.eligibility import MOST_ROWS, Plan
+
+
+def record(work: Callable[[], None], pool: Any, vllm_config: Any) -> Any:
+    """A CUDA graph of ``work``, which has run before."""
+    graph = torch.cuda.CUDAGraph()
+    with (
+        capture_pool(pool, vllm_config) as pool,
+        torch.cuda.graph(graph, pool, stream=current_stream()),
+    ):
+        work()
+    return graph
+
+
+class Slot:
+    """What one step in flight uses of the ring; see `StepGraph.claim`."""
+
+    def __init__(self, graph: "StepGraph", number: int) -> None:
+        ring, padded = graph.buffers.ring, graph.sizes
+        words = {rows: decode_inputs.words(rows, graph.groups) for rows in padded}
+        self.number = number
+        self.packed_np = ring.packed_np[number]
+        # Views by padded batch: target and source of the copy in front of a step,
+        # and of the one behind it.
+        self.front = {
+            rows: (graph.buffers.staging[:size], ring.packed[number, :size])
+            for rows, size in words.items()
+        }
+        self.back = {
+            rows: (ring.host_tokens[number, :rows], ring.tokens[number, :rows])
+            for rows in padded
+        }
+        self.host_tokens_np = ring.host_tokens_np[number]
+        self.sampled = torch.cuda.Event()
+        # Sleeps instead of polling, as vLLM's.
+        self.copied = torch.cuda.Event(blocking=True)
+        self.output: StepOutput | None = None
+
+
+class StepOutput(AsyncModelRunnerOutput):
+    """The tokens of a step, once they are here.
+
+    The slot is used again by a later step, which lets this one `settle` before: at
+    that time the engine has long asked for it, unless nobody wants it.
+    """
+
+    def __init__(self, output: ModelRunnerOutput, slot: Slot, rows: int) -> None:
+        self._output = output
+        self._slot: Slot | None = slot
+        self._rows = rows
+        self._tokens: list[list[int]] = []
+        # Engine and worker may be in different threads.
+        self._lock = threading.Lock()
+
+    def settle(self) -> None:
+        """Wait for the tokens and take them out of the slot; again: nothing."""
+        with self._lock:
+            slot = self._slot
+            if slot is not None:
+                slot.copied.synchronize()
+                tokens = slot.host_tokens_np[: self._rows].tolist()
+                self._tokens = [[token] for token in tokens]
+                self._slot = slot.output = None
+
+    def get_output(self) -> ModelRunnerOutput:
+        self.settle()
+        self._output.sampled_token_ids = self._tokens
+        return self._output
+
+    def get_kv_connector_output(self) -> Any:
+        """None: there is no connector. vLLM 0.33 asks."""
+        return self._output.kv_connector_output
+
+
+class StepGraph:
+    """The graphs of one engine, from one capture until its KV cache goes.
+
+    Args:
+        runner: A ``GPUModelRunner`` whose forward graphs have been captured, and of
+            which `eligibility.reasons_of_engine` has nothing to say.
+        seats: What its requests ask of the sampler.
+
+    Raises:
+        ValueError: None of its forward graphs is for few enough requests.
+    """
+
+    def __init__(self, runner: Any, seats: Seats) -> None:
+        self.runner = runner
+        self.seats = seats
+        self.manager = runner.cudagraph_manager
+        self.by_rows = _forward_graphs(self.manager)
+        self.sizes = sorted({each.num_tokens for each in self.by_rows if each})
+        if not self.sizes:
+            raise ValueError("no forward graph for few enough requests")
+        self.groups = runner.block_tables.num_kv_cache_groups
+        self.buffers = make_buffers(runner, self.sizes[-1])
+        self.aside = np.zeros(runner.max_num_reqs, dtype=np.uint8)
+        slots = range(len(self.buffers.ring))
+        self._slots = [Slot(self, number) for number in slots]
+        self._turn = 0
+        self.slot = self._slots[0]  # of the step that is being submitted
+        self._prep: dict[int, Any] = {}
+        # By rows, and whether one of them may have top-k or top-p.
+        self._sampler: dict[tuple[int, bool], Any] = {}
+
+    # -- capture -----------------------------------------------------------------------
+
+    def capture(self) -> None:
+        """Record the graphs of every size, largest first: they share memory."""
+        runner = self.runner
+        self.buffers.staging.zero_()  # no row is in use: padding reads nothing
+        with graph_capture(device=runner.device):
+            for padded in reversed(self.sizes):
+                self._prep[padded] = self._record(self._prepare(padded))
+                for filters in (False, True):
+                    work = self._sample(padded, filters)
+                    self._sampler[padded, filters] = self._record(work)
+
+    def _record(self, work: Callable[[], None]) -> Any:
+        work()  # compiles what it launches
+        return record(work, self.manager.pool, self.runner.vllm_config)
+
+    def _prepare(self, padded: int) -> Callable[[], None]:
+        """What the prep graph of a size does."""
+        runner, buffers = self.runner, self.buffers
+        metadata, _ = prepare_inputs_to_capture(
+            *(padded, padded, runner.model_state, runner.input_buffers),
+            *(runner.block_tables, runner.attn_groups, runner.kv_cache_config),
+            full_cudagraph=True,
+            max_query_len=1,
+        )
+        groups = [group for groups in runner.attn_groups for group in groups]
+
+        def work() -> None:
+            decode_inputs.prep(
+                buffers.staging,
+                padded,
+                buffers.num_computed_tokens,
+                buffers.last_sampled_tokens,
+                buffers.groups,
+                buffers.input_ids,
+                buffers.positions,
+                buffers.seq_lens,
+                buffers.query_start_loc,
+                buffers.is_padding,
+            )
+            # What attention makes of these, into memory that its forward graph reads.
+            for group in groups:
+                group.update_draft_decode_metadata(metadata)
+
+        return work
+
+    def _sample(self, padded: int, filters: bool) -> Callable[[], None]:
+        """What a sampler graph does."""
+        runner, buffers = self.runner, self.buffers
+
+        def work() -> None:
+            # Row i of a step that only decodes has its logits in row i.
+            logits = runner.model.compute_logits(buffers.hidden_states[:padded])
+            self.seats.draw(
+                logits,
+                decode_inputs.num_rows(buffers.staging),
+                decode_inputs.seats(buffers.staging, padded),
+                buffers.positions,
+                buffers.rows[:padded],
+                buffers.tokens[:padded],
+                filters=filters,
+            )
+            decode_inputs.post(
+                buffers.staging,
+                padded,
+                buffers.tokens[:padded],
+                buffers.ring.tokens,
+                buffers.last_sampled_tokens,
+                buffers.all_token_ids,
+                buffers.total_len,
+                buffers.num_computed_tokens,
+                buffers.output_bin_counts,
+            )
+
+        return work
+
+    # -- requests ----------------------------------------------------------------------
+
+    def add_requests(self, scheduled: SchedulerOutput) -> None:
+        """Learn of the requests that vLLM has just been given."""
+        seats = self.runner.req_states.req_id_to_index
+        for new in scheduled.scheduled_new_reqs:
+            self.aside[seats[new.req_id]] = eligibility.reason_of_request(new)
+
+    # -- a step ------------------------------------------------------------------------
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether vLLM still has the forward graphs that these belong to."""
+        manager = self.runner.cudagraph_manager
+        return manager is self.manager and bool(manager._graphs_captured)
+
+    def plan(self, scheduled: SchedulerOutput) -> Plan | str:
+        """See `eligibility.plan`."""
+        return eligibility.plan(
+            self.runner, scheduled, self.by_rows, self.seats, self.aside
+        )
+
+    def claim(self) -> Slot:
+        """The slot of the next step, of which nobody wants anything any more.
+
+        Its last step is over once its tokens have been copied back: what it read of
+        the ring was read, what it wrote was written.
+        """
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        if slot.output is not None:
+            slot.output.settle()
+        return slot
+
+    def prepare(self, plan: Plan) -> None:
+        """Submit the copy to the device and the prep graph."""
+        slot, padded = self.claim(), plan.padded
+        self.slot = slot
+        decode_inputs.pack(
+            *(slot.packed_np, padded, self.groups, plan.seats),
+            *(slot.number, plan.blocks),
+        )
+        target, source = slot.front[padded]
+        target.copy_(source, non_blocking=True)
+        # Launches only where stock has drawn tokens of requests with penalties.
+        rows = decode_inputs.seats(self.buffers.staging, padded)
+        self.seats.freshen(plan.asks, rows, plan.seats)
+        self._prep[padded].replay()
+
+    def forward(self, plan: Plan) -> None:
+        """Submit a step up to its hidden states, and do the host's part of it."""
+        runner = self.runner
+        states, num_blocks = runner.req_states, runner.block_tables.num_blocks.np
+        self.prepare(plan)
+        self.manager.run_fullgraph(plan.described)
+        # As update_requests does.
+        states.num_computed_tokens_np[plan.seats] = plan.computed
+        np.minimum(
+            states.num_computed_tokens_np,
+            states.prefill_len.np,
+            out=states.num_computed_prefill_tokens,
+        )
+        for row, group, column, _ in plan.blocks:
+            num_blocks[group, plan.seats[row]] = column + 1
+
+    def sample(self, plan: Plan) -> StepOutput:
+        """Submit the rest: the sampler graph, and the copy of the tokens."""
+        self.replay_sampler(plan)
+        runner, slot = self.runner, self.slot
+        target, source = slot.back[plan.padded]
+        main, copying = runner.main_stream, runner.output_copy_stream
+        slot.sampled.record(main)
+        with stream(copying, main):
+            copying.wait_event(slot.sampled)
+            target.copy_(source, non_blocking=True)
+            slot.copied.record(copying)
+        rows, stats = len(plan.requests), None
+        if runner.observability_config.cudagraph_metrics:
+            stats = make_cudagraph_stats(plan.described, rows)
+        output = ModelRunnerOutput(
+            req_ids=plan.requests,
+            req_id_to_index={name: row for row, name in enumerate(plan.requests)},
+            cudagraph_stats=stats,
+        )
+        slot.output = StepOutput(output, slot, rows)
+        return slot.output
+
+    def replay_sampler(self, plan: Plan) -> None:
+        self._sampler[plan.padded, bool(plan.asks & FILTERS)].replay()
+
+
+def _forward_graphs(manager: Any) -> list[BatchExecutionDescriptor | None]:
+    """For each number of requests the graph that vLLM would replay, if any."""
+    found: list[BatchExecutionDescriptor | None] = [None]
+    for rows in range(1, MOST_ROWS + 1):
+        described = manager.dispatch(rows, rows, 1, 0, max_query_len=1)
+        fits = (
+            described.cg_mode == CUDAGraphMode.FULL
+            and described in manager.graphs
+            and described.uniform_token_count == 1
+            and described.num_reqs == described.num_tokens <= MOST_ROWS
+        )
+        found.append(described if fits else None)
+    return found

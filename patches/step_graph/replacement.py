@@ -1,0 +1,159 @@
+"""A model runner that decodes eligible steps by the replay of graphs."""
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vllm_ext.patches.fused_sampler.state import STALE, Seats, seats_of
+from vllm_ext.patches.step_graph import eligibility
+from vllm_ext.patches.step_graph.check import Calendar, Check, agree
+from vllm_ext.patches.step_graph.eligibility import Plan
+from vllm_ext.patches.step_graph.graphs import StepGraph
+from vllm_ext.patching.engine import log, step_aside
+
+NAME = "step_graph"
+
+
+class StepGraphModelRunner(GPUModelRunner):
+    """vLLM's, which runs every step that is not eligible, and all but the steps.
+
+    ``step_graph`` lives from the end of ``capture_model`` until the KV cache goes.
+    What requests ask of the sampler is kept by the patch fused_sampler where it is
+    applied, and otherwise here.
+    """
+
+    # Other patches ask whose runner it is.
+    __module__ = GPUModelRunner.__module__
+
+    step_graph: StepGraph | None = None
+    _own_seats: Seats | None = None
+    _calendar: Calendar
+    _pending: Plan | None = None
+    _check: Check | None = None
+
+    # -- life cycle --------------------------------------------------------------------
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        self.step_graph = None  # block tables and graphs are about to be others
+        super().initialize_kv_cache(*args, **kwargs)
+
+    @torch.inference_mode()
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        self.step_graph = None
+        size = super().capture_model(profile_only=profile_only)
+        free = torch.accelerator.get_memory_info()[0]
+        self.capture_step_graph()
+        size += free - torch.accelerator.get_memory_info()[0]
+        if profile_only:
+            self.step_graph = None
+        return size
+
+    def capture_step_graph(self) -> None:
+        """Capture ``step_graph`` around vLLM's graphs, if this engine can use one."""
+        if not self.cudagraph_manager.graphs:
+            return
+        reason = next(eligibility.reasons_of_engine(self), None)
+        if reason is None:
+            if seats_of(self.sampler) is None and self._own_seats is None:
+                self._own_seats = Seats(self.sampler)
+            seats = self._seats()
+            reason = seats.refused
+        if reason is not None:
+            log.info("vllm-ext: %s leaves this engine to stock code: %s", NAME, reason)
+            step_aside(NAME, reason)
+            return
+        graph = StepGraph(self, seats)
+        graph.capture()
+        self.step_graph = graph
+        self._calendar = Calendar()
+
+    def _seats(self) -> Any:
+        """Who keeps what requests ask of the sampler."""
+        return seats_of(self.sampler) or self._own_seats
+
+    def shutdown(self) -> None:
+        self.step_graph = None
+        super().shutdown()
+
+    # -- steps -------------------------------------------------------------------------
+
+    def add_requests(self, scheduler_output: SchedulerOutput) -> None:
+        super().add_requests(scheduler_output)
+        if not scheduler_output.scheduled_new_reqs:
+            return
+        if (own := self._own_seats) is not None:
+            for new in scheduler_output.scheduled_new_reqs:
+                own.join(
+                    self.req_states.req_id_to_index[new.req_id], new.sampling_params
+                )
+            own.write()
+        if self.step_graph is not None:
+            self.step_graph.add_requests(scheduler_output)
+
+    def execute_model(
+        self,
+        scheduler_output: SchedulerOutput,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        self._pending = self._check = None
+        graph = self.step_graph
+        tokens = scheduler_output.total_num_scheduled_tokens
+        if graph is not None and not dummy_run and tokens:
+            plan = self._plan(graph, scheduler_output)
+            if plan is not None and not self._calendar.due(plan):
+                self.finish_requests(scheduler_output)
+                # What repeated_batch keeps is of the buffers that are written now.
+                self.input_buffers._vext_kept = None
+                graph.forward(plan)
+                self._pending = plan
+                return None  # the engine asks for the tokens next
+            if plan is not None:
+                self._check = Check(graph, plan)
+        output = super().execute_model(
+            scheduler_output, intermediate_tensors, dummy_run, **kwargs
+        )
+        if (own := self._own_seats) is not None and not dummy_run:
+            # Stock counts the tokens that it draws; bits are made of the counts.
+            own.asks[self.sampler.penalties_state.use_penalty] |= STALE
+        return output
+
+    def _plan(self, graph: StepGraph, scheduled: SchedulerOutput) -> Plan | None:
+        """What the step is, if it is eligible; otherwise it is counted."""
+        if not graph.is_valid or graph.seats is not self._seats():
+            self.step_graph = None
+            plan: Plan | str = "what the graphs were captured around is gone"
+        else:
+            plan = graph.plan(scheduled)
+        if isinstance(plan, str):
+            step_aside(NAME, plan)
+            return None
+        return plan
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        plan, self._pending = self._pending, None
+        if plan is not None:
+            assert self.step_graph is not None
+            return self.step_graph.sample(plan)
+        check, self._check = self._check, None
+        if check is None or self.execute_model_state is None:
+            return super().sample_tokens(grammar_output)
+        check.draw(self.execute_model_state.input_batch)
+        output = super().sample_tokens(grammar_output)
+        problems = check.problems()
+        if not agree(not problems):
+            self.turn_off("; ".join(problems) or "another rank found a difference")
+        return output
+
+    def turn_off(self, why: str) -> None:
+        """Leave all further steps to stock code."""
+        self.step_graph = None
+        step_aside(NAME, "turned off")
+        log.error(
+            "vllm-ext: %s differs from stock code and is off from now on; the step in "
+            "which it showed was stock's, as all others will be: %s",
+            *(NAME, why),
+        )

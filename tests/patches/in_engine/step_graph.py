@@ -1,0 +1,394 @@
+"""Steps run out of graphs, in a real engine whose CUDA graphs are the emulator's.
+
+Argument: the case. ``async``, ``sync`` and ``lags`` decode random workloads, first as
+stock does and then by step graphs, in one engine. ``planted`` spoils one buffer after
+the other and looks whether the self-check sees it. ``ring`` has no engine: it plays
+the ring of slots on a device whose clock it turns.
+"""
+
+import logging
+import random
+import sys
+import tempfile
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import workload
+
+from vllm_ext.prove import engine, pretend
+from vllm_ext.prove.pretend import DEVICE, PretendDevice
+from vllm_ext_cpulane.engine import report
+from vllm_ext_cpulane.tinymodel import write_model
+
+CANARY = -77
+BLOCKS = 13  # of the KV cache: less than eight requests may want
+workload.VOCAB = 512
+
+
+def booted(device: PretendDevice, **options: Any) -> Any:
+    folder = tempfile.mkdtemp()
+    model = write_model(
+        *(folder, workload.VOCAB),
+        **{"layers": 1, "heads": 1, "head_dim": 64, "tokenizer": True, "weights": True},
+    )
+    options = {"num_gpu_blocks_override": BLOCKS, **options}
+    return engine.booted(
+        device, model=str(model), enable_prefix_caching=False, **options
+    )
+
+
+class Watch:
+    """Counts what a runner does in each kind of step.
+
+    Attributes:
+        eligible: Steps by graphs.
+        checked: Steps by graphs and by stock.
+        others: The rest.
+        preempted: Requests, in any step.
+        allocations: In steps by graphs, on the device or pinned.
+        submissions: Of steps by graphs: how often each set of them was seen.
+        canaries: Cells of seats that were not in a step by graphs and changed.
+    """
+
+    def __init__(self, runner: Any, device: PretendDevice, canaries: bool) -> None:
+        self.eligible = self.checked = self.others = self.preempted = 0
+        self.allocations = self.canaries = 0
+        self.submissions: Counter[str] = Counter()
+        self._runner, self._canaries = runner, canaries
+        self._ours = False
+        self._kinds: Counter[str] = Counter()
+        self._execute, self._sample = runner.execute_model, runner.sample_tokens
+        runner.execute_model, runner.sample_tokens = self.execute, self.sample
+        device.observers.append(self._saw)
+        born, pin = device._born, pretend.pin
+
+        def count(stock: Any) -> Any:
+            def made(*args: Any) -> Any:
+                self.allocations += self._ours
+                return stock(*args)
+
+            return made
+
+        device._born = count(born)
+        pretend.pin = count(pin)
+
+    def _saw(self, operation: Any) -> None:
+        self._kinds[operation.kind] += 1
+
+    def execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        runner = self._runner
+        self.preempted += len(scheduled.preempted_req_ids or ())
+        tokens = scheduled.total_num_scheduled_tokens
+        if tokens:
+            self._planned = scheduled.num_scheduled_tokens
+            self._before = self._state(scheduled) if self._canaries else None
+        # Whether it is a step by graphs is known afterwards; it begins with `_plan`.
+        self._kinds.clear()
+        allocations, self._ours = self.allocations, True
+        result = self._execute(scheduled, *args, **kwargs)
+        self._ours = runner._pending is not None
+        if not self._ours:
+            self.allocations = allocations
+        if runner._pending is not None:
+            self.eligible += 1
+        elif runner._check is not None:
+            self.checked += 1
+        elif tokens:
+            self.others += 1
+        return result
+
+    def sample(self, grammar: Any) -> Any:
+        result = self._sample(grammar)
+        if self._ours:
+            kinds = self._kinds
+            kinds.pop("sync", None)
+            self.submissions[" ".join(f"{k}:{kinds[k]}" for k in sorted(kinds))] += 1
+            if self._before is not None:
+                self.canaries += self._changed()
+        self._ours = False
+        return result
+
+    def _tensors(self) -> list[torch.Tensor]:
+        runner = self._runner
+        states = runner.req_states
+        found = [
+            states.num_computed_tokens.gpu,
+            states.last_sampled_tokens,
+            states.total_len.gpu,
+            states.all_token_ids.gpu,
+            runner.sampler.penalties_state.output_bin_counts,
+            runner.block_tables.block_tables[0].gpu,
+        ]
+        return [pretend.data_of(tensor) for tensor in found]
+
+    def _state(self, scheduled: Any) -> list[torch.Tensor]:
+        """All state by seat, after seats that nobody has were filled with canaries."""
+        free = self._runner.req_states.free_indices
+        with pretend._later():
+            for tensor in self._tensors():
+                tensor[free] = CANARY
+            return [tensor.clone() for tensor in self._tensors()]
+
+    def _changed(self) -> int:
+        """Cells that changed and are no seat's of this step."""
+        index = self._runner.req_states.req_id_to_index
+        mine = [index[name] for name in self._planned]
+        others = [i for i in range(self._runner.max_num_reqs) if i not in mine]
+        with pretend._later():
+            pairs = zip(self._before or (), self._tensors(), strict=True)
+            return sum(int((a[others] != b[others]).sum()) for a, b in pairs)
+
+
+def decode(case: str, seed: int) -> None:
+    with PretendDevice(lags=case == "lags") as device:
+        if case == "sync":
+            make_synchronous()
+        with booted(device) as llm:
+            runner = engine.model_runner(llm)
+            requests = workload.requests(seed, 28, longest=20, last_arrival=45)
+            for request in requests:  # logprobs make a step stock's: now and then
+                if int(request.name) % 9:
+                    request.params.pop("logprobs", None)
+                request.params["max_tokens"] += 8
+            found: dict[str, Any] = {}
+            graph, runner.step_graph = getattr(runner, "step_graph", None), None
+            stock = workload.run(llm, requests)
+            if graph is not None:
+                runner.step_graph = graph
+                watch = Watch(runner, device, canaries=case == "sync")
+                ours = workload.run(llm, requests)
+                found = {
+                    **vars(watch),
+                    "same": ours == stock,
+                    "on": runner.step_graph is graph,
+                    "unwritten": [
+                        line
+                        for each in (*graph._prep.values(), *graph._sampler.values())
+                        for line in each.unwritten
+                    ],
+                    "table": [str(entry) for entry in graph.buffers.table()],
+                    "moved": graph.buffers.moved(runner),
+                }
+            found = {k: v for k, v in found.items() if not k.startswith("_")}
+            report({**workload.findings(stock), **found, "async": is_async(llm)})
+
+
+def is_async(llm: Any) -> bool:
+    config = llm.llm_engine.vllm_config.scheduler_config
+    return bool(config.async_scheduling)
+
+
+def make_synchronous() -> None:
+    """Let engines that are built from now on do one step after the other."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    engine.put_on_device()
+    as_cuda = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(cls: type, config: Any) -> None:
+        as_cuda(config)
+        config.scheduler_config.async_scheduling = False
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+# -- planted bugs --------------------------------------------------------------------
+
+# Made and used within one graph, or not ours: nothing can come between.
+OUT_OF_REACH = {"tokens", "hidden_states", "ring.host_tokens"}
+BY_SEAT = {"all_token_ids", "output_bin_counts"}  # of which the check restores some
+
+
+def spoil(entry: Any, seats: torch.Tensor) -> None:
+    """What a bug in whoever writes a buffer may do to it."""
+    if entry.tensor.dtype == torch.bool:
+        entry.tensor.logical_not_()
+    elif entry.name == "groups.layout":
+        entry.tensor[:, 3] += 1  # block sizes
+    elif entry.name in BY_SEAT:
+        entry.tensor[seats] += 1
+    elif entry.name == "staging":
+        entry.tensor[8:9] -= 1  # a seat
+    else:
+        entry.tensor.add_(1)
+
+
+def planted() -> None:
+    """Spoil a buffer of the graphs' at a time, under the self-check."""
+    from vllm_ext.kernels import decode_inputs
+    from vllm_ext.patches.step_graph.graphs import StepGraph
+
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("vllm.vllm_ext").addHandler(Listener(logging.ERROR))
+    prepare, replay, pack = (
+        StepGraph.prepare,
+        StepGraph.replay_sampler,
+        decode_inputs.pack,
+    )
+    found: dict[str, Any] = {}
+    with PretendDevice() as device, booted(device) as llm:
+        runner = engine.model_runner(llm)
+        graph = runner.step_graph
+        stock = short(llm, runner, None)
+
+        def look(name: str) -> None:
+            said.clear()
+            same = short(llm, runner, graph) == stock
+            on = runner.step_graph is not None
+            found[name] = {"same": same, "said": said[:], "on": on}
+
+        def plant(entry: Any) -> None:
+            def packed(staging: Any, *args: Any) -> int:
+                words = pack(staging, *args)
+                if entry.name == "ring.packed":
+                    staging[8] -= 1
+                return words
+
+            def prepared(self: Any, plan: Any) -> None:
+                prepare(self, plan)
+                if entry.name == "staging" or "the prep graph" in entry.written_by:
+                    spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
+
+            def replayed(self: Any, plan: Any) -> None:
+                replay(self, plan)
+                if "the sampler graph" in entry.written_by:
+                    spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
+
+            fixed = not entry.written_by
+            kept = entry.tensor.clone() if fixed else entry.tensor
+            if fixed:
+                spoil(entry, kept)
+            with (
+                mock.patch.object(decode_inputs, "pack", packed),
+                mock.patch.object(StepGraph, "prepare", prepared),
+                mock.patch.object(StepGraph, "replay_sampler", replayed),
+            ):
+                look(entry.name)
+            if fixed:
+                entry.tensor.copy_(kept)
+
+        look("sound")
+        for entry in graph.buffers.table():
+            if entry.name not in OUT_OF_REACH:
+                plant(entry)
+        look("sound again")
+    report(found)
+
+
+def short(llm: Any, runner: Any, graph: Any) -> Any:
+    """Three requests and a few steps, each of which is checked."""
+    from vllm_ext.patches.step_graph.check import Calendar
+
+    runner.step_graph, runner._calendar = graph, Calendar("1")
+    requests = [
+        workload.Request("0", list(range(4, 19)), {"temperature": 0.0}, 0),
+        workload.Request(
+            "1",
+            [9, 8, 7],
+            {"temperature": 0.9, "seed": 1, "repetition_penalty": 1.3},
+            0,
+        ),
+        workload.Request("2", [5] * 16, {"temperature": 0.7, "seed": 2, "top_k": 9}, 0),
+    ]
+    for request in requests:
+        request.params = {"max_tokens": 5, "ignore_eos": True, **request.params}
+    return workload.run(llm, requests)
+
+
+# -- the ring ------------------------------------------------------------------------
+
+
+def ring() -> None:
+    """Steps whose device runs when the dice say so, read when the dice say so."""
+    from vllm_ext.patches.step_graph.graphs import StepOutput
+
+    settle = StepOutput.settle
+    sound = [play(seed, settle) for seed in range(40)]
+    # Whoever takes a slot does not ask; who wants the tokens does.
+    with mock.patch.object(StepOutput, "settle"):
+        wrong = [play(seed, settle) for seed in range(8)]
+    report({"sound": sound, "a slot is taken at once": wrong})
+
+
+def play(seed: int, settle: Any) -> int:
+    """How many of 60 steps gave other tokens than those that they were given.
+
+    Args:
+        seed: Of the dice.
+        settle: What whoever wants an output calls first.
+    """
+    choose = random.Random(seed)
+    with PretendDevice(lags=True) as device:
+        device.stream = main = pretend.Stream()
+        copying = pretend.Stream()
+        graph = empty_step_graph(main, copying)
+        waiting: list[tuple[int, Any]] = []
+        wrong = 0
+
+        def take() -> bool:
+            step, output = waiting.pop(0)
+            settle(output)
+            tokens = output.get_output().sampled_token_ids
+            return bool(tokens != [[10 * step + row] for row in range(4)])
+
+        for step in range(60):
+            plan: Any = SimpleNamespace(
+                **{"padded": 4, "seats": np.arange(4) + 10 * step, "blocks": []},
+                **{"asks": 0, "requests": ["a", "b", "c", "d"]},
+            )
+            graph.prepare(plan)
+            waiting.append((step, graph.sample(plan)))
+            for stream in (main, copying):
+                stream.advance(choose.choice([0, 0, 0, 1, 3, 9]))
+            while waiting and choose.random() < 0.45:
+                wrong += take()
+        while waiting:
+            wrong += take()
+        return wrong
+
+
+def empty_step_graph(main: pretend.Stream, copying: pretend.Stream) -> Any:
+    """A `StepGraph` whose tokens are its seats, and that has no model."""
+    from vllm_ext.patches.step_graph import graphs
+    from vllm_ext.patches.step_graph.buffers import make_ring
+
+    rows, place = 4, torch.device(DEVICE, 0)
+    words = graphs.decode_inputs.words(rows, 1)
+    graph = object.__new__(graphs.StepGraph)
+    ring = make_ring(4, words, rows, place)
+    pretend.pin(ring.packed)
+    pretend.pin(ring.host_tokens)
+    staging = torch.zeros(words, dtype=torch.int32, device=place)
+    graph.groups, graph.sizes, graph._turn = 1, [rows], 0
+    graph.buffers = SimpleNamespace(ring=ring, staging=staging)
+    graph.seats = SimpleNamespace(freshen=lambda *_: None)
+    graph._slots = [graphs.Slot(graph, number) for number in range(len(ring))]
+    graph.runner = SimpleNamespace(
+        main_stream=main,
+        output_copy_stream=copying,
+        observability_config=SimpleNamespace(cudagraph_metrics=False),
+    )
+
+    def sampler() -> None:
+        ring.tokens[graph.slot.number].copy_(staging[8 : 8 + rows])
+
+    graph._prep = {rows: SimpleNamespace(replay=lambda: None)}
+    graph._sampler = {(rows, False): SimpleNamespace(replay=sampler)}
+    return graph
+
+
+if __name__ == "__main__":
+    case = sys.argv[1]
+    if case in ("planted", "ring"):
+        {"planted": planted, "ring": ring}[case]()
+    else:
+        decode(case, int(sys.argv[2]))

@@ -1,0 +1,104 @@
+"""Steps by graphs give stock's tokens, touch nobody else, and check themselves.
+
+CUDA graphs are the emulator's (`vllm_ext.prove.graphs`), the engine, its scheduler and
+its workloads are real. What they cannot show: that a GPU captures what is recorded
+here, which `vllm_ext.prove.cuda` looks at, and anything about time.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vllm_ext_cpulane.engine import run_script
+
+pytestmark = pytest.mark.vllm
+SCRIPT = Path(__file__).parent / "in_engine" / "step_graph.py"
+ON = {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_PATCHES": "step_graph"}
+CASES = {"async": "3", "sync": "3", "lags": "4"}
+# Copy, prep graph, forward graph, sampler graph, copy.
+FIVE = "d2h:1 graph:3 h2d:1"
+
+
+@pytest.fixture(scope="module")
+def found(lane, tmp_path_factory):
+    def run(case):
+        settings = ON | {"VEXT_STATE_DIR": str(tmp_path_factory.mktemp(case))}
+        return run_script(SCRIPT, lane | settings, case, CASES.get(case, "0"))
+
+    cases = ["lags", "planted", "async", "sync", "ring"]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(cases, pool.map(run, cases), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_stock_s(found, case):
+    assert found[case]["same"]
+    assert found[case]["on"]
+    assert found[case]["async"] == (case != "sync")
+    assert found[case]["eligible"] > 20
+    assert found[case]["preempted"] > 0
+    assert any(each["reason"] == "aborted" for each in found[case]["answers"].values())
+
+
+def test_over_many_steps(found):
+    kinds = ("eligible", "checked", "others")
+    assert sum(found[case][kind] for case in CASES for kind in kinds) >= 300
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_five_submissions_and_no_allocation(found, case):
+    """Six if stock has drawn tokens of requests with penalties before."""
+    submissions = dict(found[case]["submissions"])
+    assert submissions.pop(FIVE) > 15
+    assert set(submissions) <= {f"{FIVE} triton:1"}
+    assert found[case]["allocations"] == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_graphs_read_only_what_was_written(found, case):
+    assert found[case]["unwritten"] == []
+    assert found[case]["moved"] == []
+
+
+def test_seats_of_nobody_keep_their_canaries(found):
+    assert found["sync"]["canaries"] == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_left_to_stock_is_counted(found, case):
+    state, calls, aside = found[case]["patches"]["step_graph"]
+    assert state == "in use"
+    assert calls > 0
+    assert aside["a request is new or resumed"] > 5
+    assert aside["logprobs"] > 0
+
+
+def test_every_buffer_is_listed(found):
+    table = found["async"]["table"]
+    assert len(table) > 20
+    assert all(entry.count(";") >= 1 for entry in table)
+
+
+def test_the_check_is_quiet_where_nothing_is_wrong(found):
+    sound = {"same": True, "said": [], "on": True}
+    assert found["planted"]["sound"] == found["planted"]["sound again"] == sound
+
+
+def test_the_check_finds_a_bug_in_each_buffer(found):
+    planted = {k: v for k, v in found["planted"].items() if "sound" not in k}
+    assert len(planted) > 15
+    missed = [name for name, each in planted.items() if not each["said"]]
+    assert missed == []
+    assert [name for name, each in planted.items() if each["on"]] == []
+    # And no token was wrong: what is checked is served by stock.
+    assert [name for name, each in planted.items() if not each["same"]] == []
+    assert all(len(each["said"]) == 1 for each in planted.values())
+
+
+def test_no_slot_of_the_ring_is_taken_too_early(found):
+    assert set(found["ring"]["sound"]) == {0}
+
+
+def test_and_if_it_were_that_would_show(found):
+    assert all(found["ring"]["a slot is taken at once"])
