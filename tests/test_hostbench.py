@@ -9,7 +9,8 @@ from vllm_ext import hostbench, hostloop
 from vllm_ext.children import Child, ChildError
 from vllm_ext.submissions import KINDS
 
-PARTS = ["schedule", "execute_model", "sample_tokens", "update_from_output", "step"]
+PARTS = ["schedule", "execute_model", "sample_tokens", "update_from_output"]
+PARTS += ["worker", "step"]
 
 
 def parse(*arguments):

@@ -39,7 +39,11 @@ STUBBED = (
     "tokenizing, detokenizing and the HTTP server are left out",
 )
 
-PARTS = ("schedule", "execute_model", "sample_tokens", "update_from_output", "step")
+WORKER = "worker"  # execute_model and sample_tokens of the model runner, together
+PARTS = (
+    *("schedule", "execute_model", "sample_tokens", "update_from_output"),
+    *(WORKER, "step"),
+)
 ALL_THREADS = "step, all threads"
 
 # Sizes: as many layers as Qwen2.5-0.5B has, and an H200's default of concurrent
@@ -120,6 +124,7 @@ class HostLoop:
             self._stub()
         self._clocks: dict[str, list[float]] | None = None  # seconds, by part
         self._disturbed: list[bool] = []  # by step that is timed
+        self._in_worker: list[float] = []  # seconds, of the step that is timed
         self._running: list[str] = []
         self._params: Any = None
         self._arrivals = 0  # before each step
@@ -193,13 +198,20 @@ class HostLoop:
         """
         clocks = self._clocks = {part: [] for part in (*PARTS, ALL_THREADS)}
         self._disturbed = []
+        in_worker = self._in_worker = []
         timed = (
-            (self._core.scheduler, "schedule"),
-            (self._core.model_executor, "execute_model"),
-            (self._core.model_executor, "sample_tokens"),
+            (self._core.scheduler, "schedule", clocks["schedule"]),
+            *(
+                (holder, name, samples.get(name, in_worker))
+                for holder, samples in (
+                    (self._core.model_executor, clocks),
+                    (self._runner, {}),
+                )
+                for name in ("execute_model", "sample_tokens")
+            ),
         )
-        for holder, name in timed:
-            setattr(holder, name, _timed(getattr(holder, name), clocks[name]))
+        for holder, name, samples in timed:
+            setattr(holder, name, _timed(getattr(holder, name), samples))
         try:
             self.decode(settling)
             for _ in range(2 * steps):
@@ -207,7 +219,7 @@ class HostLoop:
                 if self._disturbed[settling:].count(False) == steps:
                     break
         finally:
-            for holder, name in timed:
+            for holder, name, _ in timed:
                 delattr(holder, name)
             self._clocks = None
         flags = self._disturbed[settling:]
@@ -266,6 +278,8 @@ class HostLoop:
                 off = OffClock.seconds - off
                 self._disturbed.append(_times_core_was_lost() != lost)
                 self._clocks["step"].append(mine - off)
+                self._clocks[WORKER].append(sum(self._in_worker))
+                self._in_worker.clear()
                 self._clocks[ALL_THREADS].append(all_threads - off)
         running = len(self._core.scheduler.running)
         if self._arrivals:

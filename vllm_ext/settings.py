@@ -27,6 +27,11 @@ VARIABLES = {
         "(unset)",
         "folder for one JSON per process: what was applied and used, or why not",
     ),
+    "VEXT_STEP_GRAPH_CHECK": (
+        "(first steps)",
+        "`N`: every `N`-th step of `step_graph` is compared with stock's, beside the "
+        "first ones of each graph; `0`: none is",
+    ),
 }
 
 # Keys of --additional-config '{"vllm_ext": {...}}' -> the variable each stands for.
@@ -35,6 +40,7 @@ CONFIG_KEYS = {
     "patches": "VEXT_PATCHES",
     "strict": "VEXT_STRICT",
     "state_dir": "VEXT_STATE_DIR",
+    "step_graph_check": "VEXT_STEP_GRAPH_CHECK",
 }
 CONFIG_NAME = "vllm_ext"
 
@@ -82,6 +88,9 @@ def parse(environ: Mapping[str, str], defaults: Mapping[str, bool]) -> Settings:
         return default
 
     wanted = _choose(environ.get("VEXT_PATCHES", ""), defaults, problems)
+    often = environ.get("VEXT_STEP_GRAPH_CHECK", "").strip()
+    if often and not often.isdecimal():
+        problems.append(f"VEXT_STEP_GRAPH_CHECK={often} is no number; not taken")
     folder = environ.get("VEXT_STATE_DIR", "").strip()
     return Settings(
         enabled=switch("VEXT", True),

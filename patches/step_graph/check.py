@@ -33,7 +33,7 @@ class Calendar:
     """
 
     def __init__(self, text: str | None = None) -> None:
-        text = os.environ.get(VARIABLE, "") if text is None else text
+        text = os.environ.get(VARIABLE, "").strip() if text is None else text
         self._every = int(text) if text.isdecimal() else 0
         self._first = 0 if text == "0" else FIRST
         self._steps = 0

@@ -203,6 +203,7 @@ OUT_OF_REACH = {"tokens", "hidden_states", "ring.host_tokens"}
 BY_SEAT = {"all_token_ids", "output_bin_counts"}  # of which the check restores some
 
 
+@torch.inference_mode()
 def spoil(entry: Any, seats: torch.Tensor) -> None:
     """What a bug in whoever writes a buffer may do to it."""
     if entry.tensor.dtype == torch.bool:
@@ -274,7 +275,8 @@ def planted() -> None:
             ):
                 look(entry.name)
             if fixed:
-                entry.tensor.copy_(kept)
+                with torch.inference_mode():
+                    entry.tensor.copy_(kept)
 
         look("sound")
         for entry in graph.buffers.table():
