@@ -284,6 +284,8 @@ def _examine(
 def _stale(have: dict[str, str], want: dict[str, str], patch: Patch) -> list[str]:
     changed = [key for key in {**have, **want} if have.get(key) != want.get(key)]
     again = f"compare, mend, then `vllm-ext export --stamp {patch.name}`"
+    if changed and not have:
+        return [f"nobody has said that it was compared with the plugin's code: {again}"]
     return [
         f"{key.partition(' ')[2]} ({key.partition(' ')[0]}) is not what it was when "
         f"the form was finished by hand: {again}"

@@ -32,6 +32,9 @@ class Upstream:
         accuracy: Which evaluation of a model is needed, or why none is.
         trade_offs: What the change costs, and what it leaves as it is.
         benchmark: Command that measures it, in a checkout of vLLM.
+        environment: Before ``vllm serve``, for it to take the changed path.
+        serve: Arguments of ``vllm serve`` that are needed for that.
+        requests: Arguments of ``vllm bench serve`` that are needed for that.
         by_hand: Upstream object that the stored patch changes or adds, in a form
             which no splicing gives -> the definitions in ``replacement.py`` that it
             says the same as.
@@ -45,6 +48,9 @@ class Upstream:
     accuracy: str
     trade_offs: str
     benchmark: str | None = None
+    environment: str = ""
+    serve: str = ""
+    requests: str = ""
     by_hand: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     only_here: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)

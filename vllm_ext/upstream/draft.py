@@ -262,7 +262,7 @@ def _top_level(tree: ast.Module, line: int) -> int:
     """Index of the line where the statement of the module begins that has ``line``."""
     for node in tree.body:
         if node.lineno <= line <= (node.end_lineno or 0):
-            decorators = getattr(node, "decorator_list", [])
+            decorators = node.decorator_list if isinstance(node, Definition) else []
             return min([node.lineno, *(each.lineno for each in decorators)]) - 1
     return 0
 

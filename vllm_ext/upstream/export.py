@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             for patch in named
             for path in binding.stamp(patch, at_hand(args.vllm))
         ]
-        print(json.dumps(stamped, indent=1) if args.json else "\n".join(stamped))
+        told = "\n".join(stamped) or "both sides are as they were"
+        print(json.dumps(stamped, indent=1) if args.json else told)
         return 0
     if args.stamp or len(named) != 1:
         raise BadPatchError("name a patch; `vllm-ext patches` lists them")

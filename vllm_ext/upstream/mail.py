@@ -130,15 +130,13 @@ def parse(text: str) -> Mail:
     subject = re.search(r"^Subject: (.*(?:\n[ \t].*)*)", header, re.MULTILINE)
     if subject is None:
         raise BadPatchError("has no Subject; store what `git format-patch` writes")
-    stamps = dict(
-        found.groups() for line in below.splitlines() if (found := _STAMP.match(line))
-    )
+    matches = [_STAMP.match(line) for line in below.splitlines()]
     one_line = re.sub(r"\n[ \t]+", " ", subject[1])
     return Mail(
         subject=one_line.removeprefix("[PATCH] "),
         message=message.strip(),
         files=tuple(_files(text[start.start() :].splitlines(keepends=True))),
-        stamps={str(key): str(digest) for key, digest in stamps.items()},
+        stamps={match[1]: match[2] for match in matches if match},
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,7 @@ COUNTED = {
     "graph": "graph replays",
 }
 REPOSITORY = "vllm-project/vllm"
-SYNC_CHECK = """\
-VLLM_GPU_SYNC_CHECK=error vllm serve Qwen/Qwen2.5-1.5B-Instruct --jit-monitor-mode=error
-vllm bench serve --model Qwen/Qwen2.5-1.5B-Instruct --random-input-len 1000 \\
-  --random-output-len 100 --num-prompts 200 --ignore-eos"""
+MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
 def text(patch: Patch, declared: Upstream, form: Mail, version: str) -> str:
@@ -54,7 +52,7 @@ def text(patch: Patch, declared: Upstream, form: Mail, version: str) -> str:
         "**Why this is not a duplicate**",
         _duplicates(declared),
         "**What it costs, and what it leaves alone**",
-        unwrapped(declared.trade_offs),
+        unwrapped(textwrap.dedent(declared.trade_offs)),
         "## Test Plan",
         _plan(declared),
         "## Test Result",
@@ -96,6 +94,8 @@ def unwrapped(said: str) -> str:
 
 def _duplicates(declared: Upstream) -> str:
     known = [f"- {each.link}: {unwrapped(each.what)}" for each in declared.overlaps]
+    if known:
+        known = ["Closest to it, as of September 2026:", "", *known]
     searches = "\n".join(
         f'gh pr list --repo {REPOSITORY} --state open --search "{each}"'
         for each in declared.searches
@@ -115,8 +115,33 @@ def _plan(declared: Upstream) -> str:
     plan = _shell("\n".join(declared.tests))
     if declared.benchmark:
         plan += f"\n\nBenchmark:\n\n{_shell(declared.benchmark)}"
-    return f"{plan}\n\nNo wait of the host and no compilation while serving:\n\n" + (
-        _shell(SYNC_CHECK)
+    serve = " ".join(["vllm serve", MODEL, *filter(None, [declared.serve])])
+    if declared.environment:
+        serve = f"{declared.environment} {serve}"
+    bench = (
+        f"vllm bench serve --model {MODEL} --ignore-eos \\\n"
+        "    --random-input-len 1000 --random-output-len 100"
+    )
+    if declared.requests:
+        bench += f" \\\n    {declared.requests}"
+    rounds = "    --max-concurrency $n --num-prompts $((50 * n))"
+    end_to_end = f"{serve}\nfor n in 1 8 32; do\n  {bench} \\\n{rounds}\ndone"
+    listed = "No wait of the host and no compilation while serving:"
+    mode = "error"
+    if "V2_MODEL_RUNNER=0" in declared.environment:  # it has other waits
+        listed = (
+            "Fewer waits of the host than on main, and no compilation, while serving:"
+        )
+        mode = "warn"
+    checked = f"VLLM_GPU_SYNC_CHECK={mode} {serve} --jit-monitor-mode=error\n{bench}"
+    return "\n\n".join(
+        [
+            plan,
+            "End to end, main and this branch in turns, five times each:",
+            _shell(end_to_end),
+            listed,
+            _shell(f"{checked} --num-prompts 200"),
+        ]
     )
 
 
@@ -307,7 +332,8 @@ e2e results
 _BOXES = """\
 **Only a person can tick these; delete the list before sending**
 
-- [ ] I ran the searches above, and no open pull request does this.
+- [ ] I ran the searches above: no open pull request does this, and I know why those \
+that were closed were.
 - [ ] I have read every changed line, understand it, and will defend it in review.
 - [ ] I applied it with `git am --keep-non-patch` and rebased it onto main.
 - [ ] I ran the test plan on a GPU; the results above are mine.
