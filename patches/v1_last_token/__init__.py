@@ -55,5 +55,6 @@ PATCH = Patch(
         "vllm.v1.sample.ops.bad_words:_apply_bad_words_single_batch",
         "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor.update_state",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )
