@@ -40,5 +40,6 @@ PATCH = Patch(
     ),
     # The frontend never holds a batch.
     after=("vllm.v1.worker.gpu_model_runner",),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
 )
