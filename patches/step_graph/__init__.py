@@ -69,6 +69,7 @@ PATCH = Patch(
         f"{_GPU}.cudagraph_utils:profile_cudagraph_memory",
         "vllm.v1.worker.utils:AttentionGroup.update_draft_decode_metadata",
     ),
+    since="2026-11-21",
     tested_with=("0.32.0",),
     default=False,
 )
