@@ -15,12 +15,13 @@ PYTHON = "{python}"
 RESULT = "{result}"
 OURS = "vllm_ext.microbench.gpu_host"
 KERNEL_PARITY = tuple(
-    f"tests/kernels/test_{each}.py" for each in ("sample", "top_k_top_p", "logprobs")
+    f"tests/kernels/test_{each}.py"
+    for each in ("sample", "top_k_top_p", "logprobs", "decode_inputs")
 )
 # Each kernel with no row, one and many, with rows to leave alone, and with scratch
 # memory that was used before: under a sanitizer every launch takes long.
 SANITIZED = "test_batches or rows_of_no_request or same_scratch"
-KERNEL_CASES = "v151936 and llm and (b1- or b32-)"
+KERNEL_CASES = "v151936 and (llm or ctx1024) and (b1- or b32-)"
 BASELINE_MODELS = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b", "llama-3.2-1b")
 
 
