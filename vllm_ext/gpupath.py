@@ -91,7 +91,7 @@ def graphs_that_replay(runner: Any) -> dict[str, int]:
     stock, CudaGraphManager.capture = CudaGraphManager.capture, capture
     try:
         init_workspace_manager(torch.device("cpu"))
-        with _recorded(lambda work: work):
+        with _recorded(runner, lambda work: work):
             runner.capture_model()
     finally:
         CudaGraphManager.capture = stock
@@ -107,14 +107,17 @@ def step_graphs(
         runner: Its other graphs have been captured.
         replay: Given what a graph holds, returns what its replay is to call.
     """
-    with _recorded(replay):
+    with _recorded(runner, replay):
         runner.capture_step_graph()
 
 
 @contextmanager
 def _recorded(
-    replay: Callable[[Callable[[], None]], Callable[[], None]],
+    runner: Any, replay: Callable[[Callable[[], None]], Callable[[], None]]
 ) -> Iterator[None]:
+    if not hasattr(runner, "capture_step_graph"):  # the patch is not applied
+        yield
+        return
     from vllm_ext.patches.step_graph import graphs
 
     def record(work: Callable[[], None], *_: Any) -> Graph:

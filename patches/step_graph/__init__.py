@@ -70,6 +70,6 @@ PATCH = Patch(
         "vllm.v1.worker.utils:AttentionGroup.update_draft_decode_metadata",
     ),
     since="2026-11-21",
-    tested_with=("0.32.0",),
+    tested_with=("0.32.0", "0.33.0"),
     default=False,
 )

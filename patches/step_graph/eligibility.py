@@ -155,13 +155,13 @@ def plan(
         aside: ``[N]``, by seat: `reason_of_request`.
     """
     cached = scheduled.scheduled_cached_reqs
-    requests = cached.req_ids
+    requests = list(scheduled.num_scheduled_tokens)
     rows = len(requests)
     if scheduled.scheduled_new_reqs:
         return "a request is new or resumed"
     if scheduled.total_num_scheduled_tokens != rows:
         return "a request has more than one token"
-    if list(scheduled.num_scheduled_tokens) != requests:
+    if requests != cached.req_ids:
         return "requests in another order"
     if scheduled.scheduled_spec_decode_tokens:
         return "draft tokens"

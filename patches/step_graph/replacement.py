@@ -64,10 +64,17 @@ class StepGraphModelRunner(GPUModelRunner):
             log.info("vllm-ext: %s leaves this engine to stock code: %s", NAME, reason)
             step_aside(NAME, reason)
             return
-        graph = StepGraph(self, seats)
-        graph.capture()
-        self.step_graph = graph
-        self._calendar = Calendar()
+        why = ""
+        try:
+            graph = StepGraph(self, seats)
+            graph.capture()
+        except Exception as error:  # stock code is complete without
+            why = f"its graphs could not be captured: {error}"
+        if agree(not why):
+            self.step_graph = graph
+            self._calendar = Calendar()
+        else:
+            self.turn_off(why or "another rank could not capture its graphs")
 
     def _seats(self) -> Any:
         """Who keeps what requests ask of the sampler."""
@@ -145,15 +152,14 @@ class StepGraphModelRunner(GPUModelRunner):
         output = super().sample_tokens(grammar_output)
         problems = check.problems()
         if not agree(not problems):
-            self.turn_off("; ".join(problems) or "another rank found a difference")
+            self.turn_off(
+                "it differs from stock code: "
+                + ("; ".join(problems) or "another rank has found that")
+            )
         return output
 
     def turn_off(self, why: str) -> None:
-        """Leave all further steps to stock code."""
+        """Leave all further steps to stock code, and say so once."""
         self.step_graph = None
         step_aside(NAME, "turned off")
-        log.error(
-            "vllm-ext: %s differs from stock code and is off from now on; the step in "
-            "which it showed was stock's, as all others will be: %s",
-            *(NAME, why),
-        )
+        log.error("vllm-ext: %s is off, stock code runs: %s", NAME, why)

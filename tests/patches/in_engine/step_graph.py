@@ -30,6 +30,10 @@ workload.VOCAB = 512
 
 
 def booted(device: PretendDevice, **options: Any) -> Any:
+    from vllm.v1.attention.backends import triton_attn
+
+    # Its kernel without segments: a sixteenth of the programs to interpret.
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0
     folder = tempfile.mkdtemp()
     model = write_model(
         *(folder, workload.VOCAB),
@@ -149,32 +153,30 @@ def decode(case: str, seed: int) -> None:
             make_synchronous()
         with booted(device) as llm:
             runner = engine.model_runner(llm)
-            requests = workload.requests(seed, 28, longest=20, last_arrival=45)
+            requests = workload.requests(seed, 40, longest=20, last_arrival=84)
             for request in requests:  # logprobs make a step stock's: now and then
                 if int(request.name) % 9:
                     request.params.pop("logprobs", None)
                 request.params["max_tokens"] += 8
-            found: dict[str, Any] = {}
-            graph, runner.step_graph = getattr(runner, "step_graph", None), None
-            stock = workload.run(llm, requests)
-            if graph is not None:
-                runner.step_graph = graph
-                watch = Watch(runner, device, canaries=case == "sync")
-                ours = workload.run(llm, requests)
-                found = {
-                    **vars(watch),
-                    "same": ours == stock,
+            graph, runner.step_graph = runner.step_graph, None
+            stock = None if case == "lags" else workload.run(llm, requests)
+            runner.step_graph = graph
+            watch = Watch(runner, device, canaries=case == "sync")
+            ours = workload.run(llm, requests)
+            graphs = (*graph._prep.values(), *graph._sampler.values())
+            findings = workload.findings(ours)
+            report(
+                {
+                    **findings,
+                    **{k: v for k, v in vars(watch).items() if k[0] != "_"},
+                    "stock": stock and workload.findings(stock)["answers"],
                     "on": runner.step_graph is graph,
-                    "unwritten": [
-                        line
-                        for each in (*graph._prep.values(), *graph._sampler.values())
-                        for line in each.unwritten
-                    ],
+                    "unwritten": [line for each in graphs for line in each.unwritten],
                     "table": [str(entry) for entry in graph.buffers.table()],
                     "moved": graph.buffers.moved(runner),
+                    "async": is_async(llm),
                 }
-            found = {k: v for k, v in found.items() if not k.startswith("_")}
-            report({**workload.findings(stock), **found, "async": is_async(llm)})
+            )
 
 
 def is_async(llm: Any) -> bool:
@@ -218,7 +220,7 @@ def spoil(entry: Any, seats: torch.Tensor) -> None:
         entry.tensor.add_(1)
 
 
-def planted() -> None:
+def planted(llm: Any) -> dict[str, Any]:
     """Spoil a buffer of the graphs' at a time, under the self-check."""
     from vllm_ext.kernels import decode_inputs
     from vllm_ext.patches.step_graph.graphs import StepGraph
@@ -229,68 +231,67 @@ def planted() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logging.getLogger("vllm.vllm_ext").addHandler(Listener(logging.ERROR))
     prepare, replay, pack = (
         StepGraph.prepare,
         StepGraph.replay_sampler,
         decode_inputs.pack,
     )
     found: dict[str, Any] = {}
-    with PretendDevice() as device, booted(device) as llm:
-        runner = engine.model_runner(llm)
-        graph = runner.step_graph
-        stock = short(llm, runner, None)
+    logging.getLogger("vllm.vllm_ext").addHandler(Listener(logging.ERROR))
+    runner = engine.model_runner(llm)
+    graph = runner.step_graph
+    stock = short(llm, runner, None)
 
-        def look(name: str) -> None:
-            said.clear()
-            same = short(llm, runner, graph) == stock
-            on = runner.step_graph is not None
-            found[name] = {"same": same, "said": said[:], "on": on}
+    def look(name: str) -> None:
+        said.clear()
+        same = short(llm, runner, graph) == stock
+        on = runner.step_graph is not None
+        found[name] = {"same": same, "said": said[:], "on": on}
 
-        def plant(entry: Any) -> None:
-            def packed(staging: Any, *args: Any) -> int:
-                words = pack(staging, *args)
-                if entry.name == "ring.packed":
-                    staging[8] -= 1
-                return words
+    def plant(entry: Any) -> None:
+        def packed(staging: Any, *args: Any) -> int:
+            words = pack(staging, *args)
+            if entry.name == "ring.packed":
+                staging[8] -= 1
+            return words
 
-            def prepared(self: Any, plan: Any) -> None:
-                prepare(self, plan)
-                if entry.name == "staging" or "the prep graph" in entry.written_by:
-                    spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
+        def prepared(self: Any, plan: Any) -> None:
+            prepare(self, plan)
+            if entry.name == "staging" or "the prep graph" in entry.written_by:
+                spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
 
-            def replayed(self: Any, plan: Any) -> None:
-                replay(self, plan)
-                if "the sampler graph" in entry.written_by:
-                    spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
+        def replayed(self: Any, plan: Any) -> None:
+            replay(self, plan)
+            if "the sampler graph" in entry.written_by:
+                spoil(entry, decode_inputs.seats(self.buffers.staging, 1).long())
 
-            fixed = not entry.written_by
-            kept = entry.tensor.clone() if fixed else entry.tensor
-            if fixed:
-                spoil(entry, kept)
-            with (
-                mock.patch.object(decode_inputs, "pack", packed),
-                mock.patch.object(StepGraph, "prepare", prepared),
-                mock.patch.object(StepGraph, "replay_sampler", replayed),
-            ):
-                look(entry.name)
-            if fixed:
-                with torch.inference_mode():
-                    entry.tensor.copy_(kept)
+        fixed = not entry.written_by
+        kept = entry.tensor.clone() if fixed else entry.tensor
+        if fixed:
+            spoil(entry, kept)
+        with (
+            mock.patch.object(decode_inputs, "pack", packed),
+            mock.patch.object(StepGraph, "prepare", prepared),
+            mock.patch.object(StepGraph, "replay_sampler", replayed),
+        ):
+            look(entry.name)
+        if fixed:
+            with torch.inference_mode():
+                entry.tensor.copy_(kept)
 
-        look("sound")
-        for entry in graph.buffers.table():
-            if entry.name not in OUT_OF_REACH:
-                plant(entry)
-        look("sound again")
-    report(found)
+    look("sound")
+    for entry in graph.buffers.table():
+        if entry.name not in OUT_OF_REACH:
+            plant(entry)
+    look("sound again")
+    return found
 
 
-def short(llm: Any, runner: Any, graph: Any) -> Any:
-    """Three requests and a few steps, each of which is checked."""
+def short(llm: Any, runner: Any, graph: Any, check: str = "1") -> Any:
+    """Three requests and a few steps, each of which is checked, or none."""
     from vllm_ext.patches.step_graph.check import Calendar
 
-    runner.step_graph, runner._calendar = graph, Calendar("1")
+    runner.step_graph, runner._calendar = graph, Calendar(check)
     requests = [
         workload.Request("0", list(range(4, 19)), {"temperature": 0.0}, 0),
         workload.Request(
@@ -302,14 +303,75 @@ def short(llm: Any, runner: Any, graph: Any) -> Any:
         workload.Request("2", [5] * 16, {"temperature": 0.7, "seed": 2, "top_k": 9}, 0),
     ]
     for request in requests:
-        request.params = {"max_tokens": 5, "ignore_eos": True, **request.params}
+        request.params = {"max_tokens": 3, "ignore_eos": True, **request.params}
     return workload.run(llm, requests)
+
+
+# -- a life --------------------------------------------------------------------------
+
+
+def life(llm: Any) -> dict[str, Any]:
+    """What comes and goes with an engine: graphs, KV cache, other ranks, a failure."""
+    from vllm_ext.patches.step_graph import check, graphs
+
+    found: dict[str, Any] = {}
+    runner = engine.model_runner(llm)
+    first = runner.step_graph
+    stock = short(llm, runner, None)
+    runner.step_graph = first
+
+    def look(name: str) -> None:
+        graph = runner.step_graph
+        same = short(llm, runner, graph, "0") == stock
+        found[name] = {"same": same, "on": runner.step_graph is not None}
+
+    look("captured")
+    runner.cudagraph_manager.release_graphs()
+    look("released")
+    runner.capture_model()
+    found["another"] = runner.step_graph is not first
+    look("captured again")
+    runner.cudagraph_manager.release_graphs()
+    runner.capture_model(profile_only=True)
+    look("captured for a profile")
+
+    runner.cudagraph_manager.release_graphs()
+    stock_record = graphs.record
+    graphs.record = mock.Mock(side_effect=RuntimeError("out of memory"))
+    runner.capture_model()
+    graphs.record = stock_record
+    look("not captured")
+
+    runner.cudagraph_manager.release_graphs()
+    group = SimpleNamespace(world_size=2, cpu_group=None)
+    asked: list[int] = []
+
+    def all_reduce(flag: torch.Tensor, op: Any, group: Any) -> None:
+        asked.append(int(flag))
+        flag.fill_(0 if len(asked) == 2 else int(flag))
+
+    with (
+        mock.patch.object(check, "get_tp_group", return_value=group),
+        mock.patch.object(torch.distributed, "all_reduce", all_reduce),
+    ):
+        runner.capture_model()
+        found["of two ranks"] = runner.step_graph is not None
+        same = short(llm, runner, runner.step_graph) == stock
+        on = runner.step_graph is not None
+    found["the other rank differs"] = {"same": same, "on": on, "asked": asked}
+
+    runner.cudagraph_manager.release_graphs()
+    runner.capture_model()
+    config = runner.kv_cache_config
+    runner.initialize_kv_cache(config)
+    found["another KV cache"] = runner.step_graph is not None
+    return found
 
 
 # -- the ring ------------------------------------------------------------------------
 
 
-def ring() -> None:
+def ring() -> dict[str, Any]:
     """Steps whose device runs when the dice say so, read when the dice say so."""
     from vllm_ext.patches.step_graph.graphs import StepOutput
 
@@ -318,7 +380,7 @@ def ring() -> None:
     # Whoever takes a slot does not ask; who wants the tokens does.
     with mock.patch.object(StepOutput, "settle"):
         wrong = [play(seed, settle) for seed in range(8)]
-    report({"sound": sound, "a slot is taken at once": wrong})
+    return {"sound": sound, "a slot is taken at once": wrong}
 
 
 def play(seed: int, settle: Any) -> int:
@@ -389,8 +451,9 @@ def empty_step_graph(main: pretend.Stream, copying: pretend.Stream) -> Any:
 
 
 if __name__ == "__main__":
-    case = sys.argv[1]
-    if case in ("planted", "ring"):
-        {"planted": planted, "ring": ring}[case]()
+    if sys.argv[1] == "small":
+        with PretendDevice() as device, booted(device) as llm:
+            found = {"planted": planted(llm), "life": life(llm)}
+        report({**found, "ring": ring()})
     else:
-        decode(case, int(sys.argv[2]))
+        decode(sys.argv[1], int(sys.argv[2]))
