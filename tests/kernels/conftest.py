@@ -11,6 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,39 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made.fill_(poison)
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture
+def variants_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], set]]:
+    """``variants_of(module, *kernels)``: what would be launched is noted, not launched.
+
+    It returns a function that says, of what was noted since it was last asked, what
+    Triton tells variants apart by, beside what it is told not to.
+    """
+    launched: list[tuple[Any, ...]] = []
+
+    class Recording:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **options: launched.append((self.name, args, options))
+
+    def variants() -> set[tuple[Any, ...]]:
+        found = {
+            (
+                name,
+                *(getattr(argument, "dtype", type(argument)) for argument in args),
+                *sorted(options.items()),
+            )
+            for name, args, options in launched
+        }
+        launched.clear()
+        return found
+
+    def record(module: Any, *kernels: str) -> Callable[[], set]:
+        for name in kernels:
+            monkeypatch.setattr(module, name, Recording(name))
+        return variants
+
+    return record

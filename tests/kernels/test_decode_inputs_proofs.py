@@ -119,28 +119,9 @@ def test_a_graph_replays_it_with_other_requests(on_the_pretend_device, interpret
     assert found["computed"] == [24, 0, 0, 18, 0, 6, 44]
 
 
-def test_warm_launches_every_variant_of_serving(device, monkeypatch):
+def test_warm_launches_every_variant_of_serving(device, variants_of):
     """Whatever the batch and the groups: variants are what is left out."""
-    launched = []
-
-    class Recording:
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((args, options))
-
-    def variants():
-        """What Triton tells variants apart by, beside what it is told not to."""
-        found = {
-            (
-                *(getattr(argument, "dtype", type(argument)) for argument in args),
-                *sorted(options.items()),
-            )
-            for args, options in launched
-        }
-        launched.clear()
-        return found
-
-    for name in KERNELS:
-        monkeypatch.setattr(module, name, Recording())
+    variants = variants_of(module, *KERNELS)
     module.warm(8, 3000, device)
     warmed = variants()
     assert len(warmed) == 2 + 2

@@ -91,28 +91,10 @@ def test_a_graph_replays_it_with_other_requests(on_the_pretend_device, interpret
 
 
 @pytest.mark.parametrize("kernel", ["sample", "logprobs"])
-def test_warm_launches_every_variant_of_serving(kernel, device, monkeypatch):
+def test_warm_launches_every_variant_of_serving(kernel, device, variants_of):
     """Whatever the batch, its split and its strides: variants are types of logits."""
-    launched = []
-
-    class Recording:
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((args, options))
-
-    def variants():
-        """What Triton tells variants apart by, beside what it is told not to."""
-        found = {
-            (
-                *(getattr(argument, "dtype", type(argument)) for argument in args),
-                *sorted(options.items()),
-            )
-            for args, options in launched
-        }
-        launched.clear()
-        return found
-
     of_kernel = module if kernel == "sample" else logprobs
-    monkeypatch.setattr(of_kernel, f"_{kernel}_kernel", Recording())
+    variants = variants_of(of_kernel, f"_{kernel}_kernel")
     of_kernel.warm(8, 3000, device)
     warmed = variants()
     assert len(warmed) == 3

@@ -105,32 +105,10 @@ def test_a_graph_replays_it_with_other_requests(on_the_pretend_device, interpret
     assert len({str(r) for r, *_ in on_the_pretend_device["replays"]}) > 2
 
 
-def test_warm_launches_every_variant_of_serving(device, monkeypatch):
+def test_warm_launches_every_variant_of_serving(device, variants_of):
     """Whatever the batch and its split: variants are types of logits."""
-    launched = []
-
-    class Recording:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: launched.append((self.name, args, options))
-
-    def variants():
-        """What Triton tells variants apart by, beside what it is told not to."""
-        found = {
-            (
-                name,
-                *(getattr(argument, "dtype", type(argument)) for argument in args),
-                *sorted(options.items()),
-            )
-            for name, args, options in launched
-        }
-        launched.clear()
-        return found
-
-    for name in ("_sample_top_k_top_p_kernel", "_last_kept_kernel", "_mask_kernel"):
-        monkeypatch.setattr(module, name, Recording(name))
+    kernels = ("_sample_top_k_top_p_kernel", "_last_kept_kernel", "_mask_kernel")
+    variants = variants_of(module, *kernels)
     module.warm(8, 3000, device)
     warmed = variants()
     assert len(warmed) == 5
