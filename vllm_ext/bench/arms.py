@@ -31,7 +31,6 @@ class Arm:
             they get from ``against``. Otherwise the share of them is only reported.
         legacy: Which of `vllm_ext.bench.legacy` stands in place of stock's penalties.
         needs: What a machine must have to run it; empty if any can.
-        absent: Why no machine can run it; empty if there is no such reason.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Arm:
     same_tokens: bool = True
     legacy: str = ""
     needs: str = ""
-    absent: str = ""
 
     @property
     def variables(self) -> dict[str, str | None]:
@@ -202,9 +200,10 @@ PENALTIES = {
         Arm(CONTROL, "B2w once more", _WAITING, _V1, against="B2w", legacy="where"),
         Arm(
             "B5",
-            "ours: the fused sampler",
+            "ours: the fused sampler, V2",
+            patches="fused_sampler",
             against="B4",
-            absent="no patch of this release puts a fused sampler in place",
+            needs=CUDA,
         ),
     )
 }
@@ -261,8 +260,8 @@ def runnable(
     missing: list[dict[str, str]] = []
     arms = []
     for arm in chosen:
-        why = arm.absent or ("" if has_gpu or not arm.needs else f"needs {arm.needs}")
-        if why:
+        if arm.needs and not has_gpu:
+            why = f"needs {arm.needs}"
             missing.append({"arm": arm.name, "what": arm.what, "why": why})
         else:
             arms.append(arm)
