@@ -123,6 +123,14 @@ def test_a_name_is_followed_to_where_it_is_defined(spliced: Toy):
     assert any("Sampler.sample is not" in line for line in spliced.unbound(SPLICED))
 
 
+def test_a_touched_module_may_pass_a_name_on(spliced: Toy):
+    """What a patched file only imports is what it imports, not that file's own."""
+    spliced.says("vllm.toy.words import say", "vllm.toy.sampler import say")
+    assert spliced.unbound(SPLICED) == ()
+    spliced.says("say as tell", "WORD as tell")
+    assert spliced.unbound(SPLICED) != ()
+
+
 def test_code_that_is_left_out_is_noticed(spliced: Toy):
     spliced.says("def sample(", "def more():\n    pass\n\n\ndef sample(")
     (line,) = spliced.unbound(SPLICED)
@@ -200,9 +208,9 @@ def test_stamps_are_not_sent(wrapped: Toy):
 # -- what vLLM refuses -----------------------------------------------------------------
 
 
-def refused(toy: Toy) -> list[str]:
+def refused(toy: Toy, stock: str = STOCK) -> list[str]:
     form = mail.read(toy.stored)
-    before = {"vllm/toy/sampler.py": STOCK}
+    before = {"vllm/toy/sampler.py": stock}
     changes = [Changed(it.path, before.get(it.path, ""), "") for it in form.files]
     return binding.lint(form, changes)
 
@@ -228,6 +236,14 @@ def test_tests_may_time_with_cuda(spliced: Toy):
     assert refused(spliced) == []
     spliced.stores(SPLICED, test=TEST.replace("assert", "torch.cuda.synchronize()#"))
     assert any("torch.accelerator" in problem for problem in refused(spliced))
+
+
+def test_what_a_file_has_already_is_not_new(spliced: Toy):
+    new = "    return torch.cuda.Stream() and min("
+    spliced.stores(SPLICED.replace("    return min(", new))
+    assert refused(spliced) != []
+    before = STOCK.replace("self.size = size", "self.size = torch.cuda.Stream()")
+    assert refused(spliced, before) == []
 
 
 def test_a_new_file_needs_its_licence(spliced: Toy):

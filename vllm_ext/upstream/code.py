@@ -75,9 +75,9 @@ class Module:
             module, name, rest = self._split(dotted)
             if module is None:
                 return dotted
-            if module in self.own:
-                return name + rest
             further = imports(_parse(self.read(module) or "")).get(name)
+            if further is None and module in self.own:
+                return name + rest
             if further is None or further == dotted:
                 return dotted
             dotted = further + rest
