@@ -103,11 +103,13 @@ PATCH = Patch(
         f"{_GPU}.model_runner:GPUModelRunner._dummy_sampler_run",
         f"{_GPU}.async_utils:AsyncOutput.__init__",
         f"{_GPU}.warmup:_warmup_kernels",
+        f"{_SAMPLE}.batch_shard:BatchSharder.shard_sampler_inputs",
         f"{_SAMPLE}.output:SamplerOutput",
         "vllm.v1.watermarking.gpu_sampler:GPUWatermarkSampler",
     ),
     # A vLLM sampler too; it may be what imports the module of the edits.
     after=("vllm.v1.watermarking.gpu_sampler",),
+    since="2026-11-21",
     tested_with=("0.32.0", "0.33.0"),
     default=False,
 )

@@ -37,9 +37,9 @@ def take_seats(original: Callable[..., None]) -> Callable[..., None]:
     """`Sampler.__init__`, after which there are `Seats`."""
     new_application()
 
-    def __init__(self: Sampler, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        self._vext_seats = Seats(self, vllm_config)
+    def __init__(self: Sampler, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self._vext_seats = Seats(self)
 
     return __init__
 
@@ -50,7 +50,9 @@ def join(original: Callable[..., None]) -> Callable[..., None]:
     def add_request(self: Sampler, req_idx: int, sampling_params: Any) -> None:
         original(self, req_idx, sampling_params)
         seats = seats_of(self)
-        if seats is not None and seats.refused is None:
+        if seats is None:  # made before the patch was applied
+            seats = self._vext_seats = Seats(self)
+        if seats.refused is None:
             seats.join(req_idx, sampling_params)
 
     return add_request

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every seat asks of the sampler, on the device and on the host.
 
-A seat is an index into vLLM's request states. `Seats` is made with a ``Sampler`` and
-follows it: `Seats.join` when a request was given to it, `Seats.write` when it writes
-what was staged. It owns what the kernels read, at one address for ever:
+A seat is an index into vLLM's request states. `Seats` is made with a ``Sampler``, or
+when one that was there before gets a request, and follows it: `Seats.join` when it got
+a request, `Seats.write` when it wrote what was staged. `seats_of` finds it. It owns
+what the kernels read, at one address for ever:
 
 * ``requests``: 64 bytes of parameters per seat, lists of biased, allowed and stop
   tokens, and planes of bits. ``prompt_bits`` and ``output_counts`` are vLLM's own
@@ -35,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
@@ -92,12 +92,12 @@ class Seats:
     """See the module.
 
     Args:
-        sampler: Whose requests these are; just made.
-        config: The one that it was made with.
+        sampler: Whose requests these are; those that it has already stay stock's.
 
     Attributes:
+        application: Of the patch, in which they were made.
         refused: Why no step of this sampler is ours; ``None`` if steps can be. If it
-            is not, there is nothing but ``application``.
+            is not, there is nothing else but ``application``.
         requests: For the kernels.
         asks: ``[max_num_reqs]`` int32 on the host.
         no_end: ``[1]`` int32 on the device: a number of rows above all others.
@@ -106,9 +106,9 @@ class Seats:
         warmed: Whether the kernels have been compiled.
     """
 
-    def __init__(self, sampler: Sampler, config: VllmConfig) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         self.application = _application
-        self.refused = _refusal(sampler, config)
+        self.refused = _refusal(sampler)
         if self.refused is not None:
             return
         states = sampler.req_states
@@ -342,7 +342,7 @@ class Seats:
         bin_counts.bits_of_lists(row, self.requests, self.vocab_size)
 
 
-def _refusal(sampler: Sampler, config: VllmConfig) -> str | None:
+def _refusal(sampler: Sampler) -> str | None:
     """Why steps of ``sampler`` are never ours, if so."""
     if type(sampler) is not Sampler:
         return "watermarking, or a sampler of the model's own"
@@ -356,8 +356,6 @@ def _refusal(sampler: Sampler, config: VllmConfig) -> str | None:
         return "noise in float64"
     if sampler.compute_nans:
         return "counting NaN in logits"
-    if config.parallel_config.enable_batch_sharded_sampling:
-        return "batch-sharded sampling"
     if sampler.req_states.vocab_size > top_k_top_p.MAX_VOCABULARY:
         return "too large a vocabulary"
     return None
