@@ -49,6 +49,10 @@ def reasons_of_engine(runner: Any) -> Iterator[str]:
         yield "more than one token per step"
     if runner.is_pooling_model or runner.is_encoder_decoder:
         yield "not a decoder that generates text"
+    if runner.fast_prefill is not None:
+        yield "fast prefill"
+    if runner.check_ep_fault:
+        yield "faults of expert parallelism are looked for"
     if runner.uses_inputs_embeds:
         yield "inputs that are no token ids"
     if type(model_state) is not DefaultModelState:
@@ -70,9 +74,8 @@ def reasons_of_engine(runner: Any) -> Iterator[str]:
     if runner.parallel_config.enable_elastic_ep:
         yield "elastic expert parallelism"
     yield from _reasons_of_attention(runner)
-    mode = runner.cudagraph_manager.cudagraph_mode
-    if mode.decode_mode() != CUDAGraphMode.FULL:
-        yield "no FULL graphs of decode steps"
+    if not any(forward_graphs(runner.cudagraph_manager)):
+        yield f"no forward graph of decode steps for up to {MOST_ROWS} requests"
 
 
 def _reasons_of_attention(runner: Any) -> Iterator[str]:
@@ -92,8 +95,27 @@ def _reasons_of_attention(runner: Any) -> Iterator[str]:
             yield "FlashAttention before 3"
 
 
+def forward_graphs(manager: Any) -> list[BatchExecutionDescriptor | None]:
+    """For each number of requests the graph that vLLM would replay, if any."""
+    found: list[BatchExecutionDescriptor | None] = [None]
+    for rows in range(1, MOST_ROWS + 1):
+        described = manager.dispatch(rows, rows, 1, 0, max_query_len=1)
+        fits = (
+            described.cg_mode == CUDAGraphMode.FULL
+            and described in manager.graphs
+            and described.uniform_token_count == 1
+            and described.num_reqs == described.num_tokens <= MOST_ROWS
+        )
+        found.append(described if fits else None)
+    return found
+
+
 # What `reason_of_request` says, by its number.
-REQUESTS = ("", "structured output", "logprobs", "prompt logprobs")
+REQUESTS = (
+    *("", "structured output", "logprobs", "prompt logprobs"),
+    "request from before the capture",
+)
+UNKNOWN = len(REQUESTS) - 1
 
 
 def reason_of_request(new: NewRequestData) -> int:

@@ -11,23 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
-from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture
+from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import current_stream
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import stream
 from vllm.v1.worker.gpu.cudagraph_utils import (
-    BatchExecutionDescriptor,
     make_cudagraph_stats,
     prepare_inputs_to_capture,
 )
 
 from vllm_ext.kernels import decode_inputs
-from vllm_ext.patches.fused_sampler.state import FILTERS, Seats
+from vllm_ext.patches.fused_sampler.state import FILTERS, STALE, Seats
 from vllm_ext.patches.step_graph import eligibility
 from vllm_ext.patches.step_graph.buffers import make_buffers
-from vllm_ext.patches.step_graph.eligibility import MOST_ROWS, Plan
+from vllm_ext.patches.step_graph.eligibility import UNKNOWN, Plan
 
 
 def record(work: Callable[[], None], pool: Any, vllm_config: Any) -> Any:
@@ -108,22 +107,17 @@ class StepGraph:
         runner: A ``GPUModelRunner`` whose forward graphs have been captured, and of
             which `eligibility.reasons_of_engine` has nothing to say.
         seats: What its requests ask of the sampler.
-
-    Raises:
-        ValueError: None of its forward graphs is for few enough requests.
     """
 
     def __init__(self, runner: Any, seats: Seats) -> None:
         self.runner = runner
         self.seats = seats
         self.manager = runner.cudagraph_manager
-        self.by_rows = _forward_graphs(self.manager)
+        self.by_rows = eligibility.forward_graphs(self.manager)
         self.sizes = sorted({each.num_tokens for each in self.by_rows if each})
-        if not self.sizes:
-            raise ValueError("no forward graph for few enough requests")
         self.groups = runner.block_tables.num_kv_cache_groups
         self.buffers = make_buffers(runner, self.sizes[-1])
-        self.aside = np.zeros(runner.max_num_reqs, dtype=np.uint8)
+        self.aside = np.full(runner.max_num_reqs, UNKNOWN, dtype=np.uint8)
         slots = range(len(self.buffers.ring))
         self._slots = [Slot(self, number) for number in slots]
         self._turn = 0
@@ -136,14 +130,26 @@ class StepGraph:
 
     def capture(self) -> None:
         """Record the graphs of every size, largest first: they share memory."""
-        runner = self.runner
-        self.buffers.staging.zero_()  # no row is in use: padding reads nothing
-        with graph_capture(device=runner.device):
+        runner, staging = self.runner, self.buffers.staging
+        # No row is in use: nothing of a request is read or written.
+        staging[: decode_inputs.HEADER].zero_()
+        staging[decode_inputs.HEADER :].fill_(-1)
+        with graph_capture(device=runner.device), freeze_gc_for_cudagraph_capture():
+            self._warm()
             for padded in reversed(self.sizes):
                 self._prep[padded] = self._record(self._prepare(padded))
                 for filters in (False, True):
                     work = self._sample(padded, filters)
                     self._sampler[padded, filters] = self._record(work)
+
+    def _warm(self) -> None:
+        """Compile what steps may launch beside the graphs."""
+        if not self.seats.warmed:
+            self.seats.warm(
+                self.runner.model.compute_logits(self.buffers.hidden_states[:1])
+            )
+        rows = decode_inputs.seats(self.buffers.staging, self.sizes[-1])
+        self.seats.freshen(STALE, rows, np.empty(0, dtype=np.intp))
 
     def _record(self, work: Callable[[], None]) -> Any:
         work()  # compiles what it launches
@@ -239,8 +245,9 @@ class StepGraph:
         """
         slot = self._slots[self._turn]
         self._turn = (self._turn + 1) % len(self._slots)
-        if slot.output is not None:
-            slot.output.settle()
+        output = slot.output  # which another thread may be settling
+        if output is not None:
+            output.settle()
         return slot
 
     def prepare(self, plan: Plan) -> None:
@@ -261,7 +268,7 @@ class StepGraph:
     def forward(self, plan: Plan) -> None:
         """Submit a step up to its hidden states, and do the host's part of it."""
         runner = self.runner
-        states, num_blocks = runner.req_states, runner.block_tables.num_blocks.np
+        states, tables = runner.req_states, runner.block_tables
         self.prepare(plan)
         self.manager.run_fullgraph(plan.described)
         # As update_requests does.
@@ -272,7 +279,9 @@ class StepGraph:
             out=states.num_computed_prefill_tokens,
         )
         for row, group, column, _ in plan.blocks:
-            num_blocks[group, plan.seats[row]] = column + 1
+            tables.num_blocks.np[group, plan.seats[row]] = column + 1
+        if (dirty := getattr(tables, "_num_dirty_rows", None)) is not None:  # 0.33
+            tables._num_dirty_rows = max(dirty, len(plan.requests))
 
     def sample(self, plan: Plan) -> StepOutput:
         """Submit the rest: the sampler graph, and the copy of the tokens."""
@@ -298,18 +307,3 @@ class StepGraph:
 
     def replay_sampler(self, plan: Plan) -> None:
         self._sampler[plan.padded, bool(plan.asks & FILTERS)].replay()
-
-
-def _forward_graphs(manager: Any) -> list[BatchExecutionDescriptor | None]:
-    """For each number of requests the graph that vLLM would replay, if any."""
-    found: list[BatchExecutionDescriptor | None] = [None]
-    for rows in range(1, MOST_ROWS + 1):
-        described = manager.dispatch(rows, rows, 1, 0, max_query_len=1)
-        fits = (
-            described.cg_mode == CUDAGraphMode.FULL
-            and described in manager.graphs
-            and described.uniform_token_count == 1
-            and described.num_reqs == described.num_tokens <= MOST_ROWS
-        )
-        found.append(described if fits else None)
-    return found

@@ -3,17 +3,21 @@
 from typing import Any
 
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ext.patches.fused_sampler.state import STALE, Seats, seats_of
 from vllm_ext.patches.step_graph import eligibility
 from vllm_ext.patches.step_graph.check import Calendar, Check, agree
-from vllm_ext.patches.step_graph.eligibility import Plan
+from vllm_ext.patches.step_graph.eligibility import MOST_ROWS, Plan
 from vllm_ext.patches.step_graph.graphs import StepGraph
 from vllm_ext.patching.engine import log, step_aside
 
 NAME = "step_graph"
+# What vLLM takes a graph for that shares its memory with a larger one.
+BYTES_OF_A_GRAPH = 1 << 20
+GRAPHS_OF_A_SIZE = 3
 
 
 class StepGraphModelRunner(GPUModelRunner):
@@ -35,6 +39,11 @@ class StepGraphModelRunner(GPUModelRunner):
 
     # -- life cycle --------------------------------------------------------------------
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if self.sampler is not None and seats_of(self.sampler) is None:
+            self._own_seats = Seats(self.sampler)
+
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         self.step_graph = None  # block tables and graphs are about to be others
         super().initialize_kv_cache(*args, **kwargs)
@@ -47,19 +56,27 @@ class StepGraphModelRunner(GPUModelRunner):
         self.capture_step_graph()
         size += free - torch.accelerator.get_memory_info()[0]
         if profile_only:
+            size += self._missing_of_profile()
             self.step_graph = None
         return size
+
+    def _missing_of_profile(self) -> int:
+        """Bytes of the graphs that a profile, which captures some sizes, leaves out."""
+        if self.step_graph is None:
+            return 0
+        every = self.cudagraph_manager._capture_descs.get(CUDAGraphMode.FULL, [])
+        sizes = {each.num_tokens for each in every if each.num_tokens <= MOST_ROWS}
+        left_out = len(sizes) - len(self.step_graph.sizes)
+        return GRAPHS_OF_A_SIZE * BYTES_OF_A_GRAPH * max(left_out, 0)
 
     def capture_step_graph(self) -> None:
         """Capture ``step_graph`` around vLLM's graphs, if this engine can use one."""
         if not self.cudagraph_manager.graphs:
             return
         reason = next(eligibility.reasons_of_engine(self), None)
+        seats = self._seats()
         if reason is None:
-            if seats_of(self.sampler) is None and self._own_seats is None:
-                self._own_seats = Seats(self.sampler)
-            seats = self._seats()
-            reason = seats.refused
+            reason = "no sampler" if seats is None else seats.refused
         if reason is not None:
             log.info("vllm-ext: %s leaves this engine to stock code: %s", NAME, reason)
             step_aside(NAME, reason)
@@ -90,11 +107,10 @@ class StepGraphModelRunner(GPUModelRunner):
         super().add_requests(scheduler_output)
         if not scheduler_output.scheduled_new_reqs:
             return
-        if (own := self._own_seats) is not None:
+        own, seats = self._own_seats, self.req_states.req_id_to_index
+        if own is not None and own.refused is None:
             for new in scheduler_output.scheduled_new_reqs:
-                own.join(
-                    self.req_states.req_id_to_index[new.req_id], new.sampling_params
-                )
+                own.join(seats[new.req_id], new.sampling_params)
             own.write()
         if self.step_graph is not None:
             self.step_graph.add_requests(scheduler_output)
@@ -123,7 +139,7 @@ class StepGraphModelRunner(GPUModelRunner):
         output = super().execute_model(
             scheduler_output, intermediate_tensors, dummy_run, **kwargs
         )
-        if (own := self._own_seats) is not None and not dummy_run:
+        if (own := self._own_seats) is not None and graph is not None:
             # Stock counts the tokens that it draws; bits are made of the counts.
             own.asks[self.sampler.penalties_state.use_penalty] |= STALE
         return output

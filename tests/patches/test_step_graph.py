@@ -14,8 +14,10 @@ from vllm_ext_cpulane.engine import run_script
 
 pytestmark = pytest.mark.vllm
 SCRIPT = Path(__file__).parent / "in_engine" / "step_graph.py"
-ON = {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_PATCHES": "step_graph"}
-CASES = {"async": "3", "sync": "7", "lags": "3"}
+ON = {"VEXT": "1", "VEXT_STRICT": "1"}
+CASES = {"async": "3", "sync": "7", "lags": "3"}  # seeds
+# Alone, with the patches that are on by default, and with the other sampler, too.
+PATCHES = {"sync": "+step_graph", "lags": "+step_graph,+fused_sampler"}
 # Copy, prep graph, forward graph, sampler graph, copy.
 FIVE = "d2h:1 graph:3 h2d:1"
 
@@ -23,7 +25,8 @@ FIVE = "d2h:1 graph:3 h2d:1"
 @pytest.fixture(scope="module")
 def found(lane, tmp_path_factory):
     def run(case):
-        settings = ON | {"VEXT_STATE_DIR": str(tmp_path_factory.mktemp(case))}
+        settings = ON | {"VEXT_PATCHES": PATCHES.get(case, "step_graph")}
+        settings["VEXT_STATE_DIR"] = str(tmp_path_factory.mktemp(case))  # to count
         return run_script(SCRIPT, lane | settings, case, CASES.get(case, "0"))
 
     cases = [*CASES, "small"]

@@ -17,7 +17,7 @@ import sysconfig
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -442,6 +442,12 @@ class Engine:
             setattr(module, dotted.rpartition(".")[2], new)
         return len(holders)
 
+    def _placed_here(self) -> Iterator[Any]:
+        """All that patches have put somewhere, in place or below another patch."""
+        for outcome in self.outcomes.values():
+            for placed in outcome.placed:
+                yield from placed.ours
+
     def _refuse_foreign(self, target: str, original: Any, stacks: bool) -> None:
         """Raise ``Refused`` unless ``original`` is the code that was compared.
 
@@ -468,7 +474,8 @@ class Engine:
         elif type(_unbound(original)) is not FunctionType:
             kind = type(original).__name__
             raise Refused(f"{target} was already replaced by a {kind}")
-        for file in _code_files(original):
+        ours = {id(each) for each in self._placed_here()}
+        for file in _code_files(original, ours):
             if not any(Path(file).is_relative_to(home) for home in allowed):
                 raise Refused(f"{target} was already replaced from {file}")
 
@@ -532,8 +539,13 @@ def _unbound(thing: Any) -> Any:
     return thing.fget if isinstance(thing, property) else thing
 
 
-def _code_files(thing: Any) -> Iterator[str]:
-    """Files of the code behind ``thing``; nothing where it has no Python code."""
+def _code_files(thing: Any, ours: Container[int] = ()) -> Iterator[str]:
+    """Files of the code behind ``thing``; nothing where it has no Python code.
+
+    Args:
+        thing: A function or a class.
+        ours: By ``id``, methods of the class that patches have put there.
+    """
     thing = _unbound(thing)
     if inspect.isclass(thing):
         file = getattr(sys.modules.get(thing.__module__), "__file__", None)
@@ -541,7 +553,9 @@ def _code_files(thing: Any) -> Iterator[str]:
             yield file
         for value in vars(thing).values():
             # A dataclass's own methods are made of text, in no file.
-            if inspect.isfunction(value) and value.__code__.co_filename[0] != "<":
+            if not inspect.isfunction(value) or id(value) in ours:
+                continue
+            if value.__code__.co_filename[0] != "<":
                 yield from _code_files(value)
         return
     code = getattr(getattr(thing, "fn", thing), "__code__", None)
