@@ -1,5 +1,6 @@
 """An installed vLLM with upstream forms applied to it: links, and the patched files."""
 
+import ast
 import importlib.util
 import os
 import subprocess
@@ -33,7 +34,8 @@ class Tree:
 
     Attributes:
         folder: Holds ``vllm`` and ``tests``.
-        added: Patch -> file of ``vllm`` -> numbers of the lines that its form added.
+        added: Patch -> file of ``vllm`` -> lines at which its form added a statement
+            to a function.
         tests: Patch -> the test files of its form.
     """
 
@@ -78,13 +80,7 @@ def make_tree(folder: Path, patches: Iterable[Patch] = ()) -> Tree:
         ]
     for patch, letter in letters:
         tree.added[patch.name] = {
-            file.path: [
-                number
-                for number, line in enumerate(
-                    _git(folder, "blame", "-s", "-l", file.path).splitlines(), 1
-                )
-                if line.startswith(commits[patch.name])
-            ]
+            file.path: _lines_of(commits[patch.name], folder, file.path)
             for file in letter.files
             if file.is_code
         }
@@ -98,6 +94,25 @@ def plant(tree: Tree, bugs: Mapping[str, tuple[str, str, str]]) -> None:
         lines = file.read_text("utf-8")
         assert lines.count(text) == 1, f"{name}: {lines.count(text)} times {text!r}"
         file.write_text(lines.replace(text, instead), "utf-8")
+
+
+def _lines_of(commit: str, folder: Path, path: str) -> list[int]:
+    """Numbers of the lines that begin a statement in a function, of one commit."""
+    functions = ast.walk(ast.parse((folder / path).read_text("utf-8")))
+    begun = {
+        inside.lineno
+        for node in functions
+        if isinstance(node, ast.FunctionDef)
+        for inside in ast.walk(node)
+        if isinstance(inside, ast.stmt) and inside is not node
+        if not (isinstance(inside, ast.Expr) and isinstance(inside.value, ast.Constant))
+    }
+    blamed = _git(folder, "blame", "-s", "-l", path).splitlines()
+    return [
+        number
+        for number, line in enumerate(blamed, 1)
+        if number in begun and line.startswith(commit)
+    ]
 
 
 def _link(source: Path, target: Path, changed: Mapping[Path, bool]) -> None:

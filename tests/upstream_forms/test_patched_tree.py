@@ -131,12 +131,12 @@ class TestInAnEngine:
     def test_the_lines_of_a_form_are_what_ran(
         self, found: list[dict], tree: patched_tree.Tree, name: str
     ):
-        patched = found[1]
-        ran = {
-            file: set(numbers) & set(patched["ran"][str(tree.folder / file)])
-            for file, numbers in tree.added[name].items()
-        }
-        assert sum(map(len, ran.values())) >= 2, ran
+        """Most of them: some are for other backends, or run before the first step."""
+        added, ran = 0, 0
+        for file, lines in tree.added[name].items():
+            added += len(lines)
+            ran += len(set(lines) & set(found[1]["ran"][str(tree.folder / file)]))
+        assert ran >= 0.6 * added, f"{ran} of {added}"
 
 
 @pytest.fixture(scope="module")
