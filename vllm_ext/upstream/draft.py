@@ -1,7 +1,8 @@
 """A form drafted from the Python that runs: each replacement spliced over its target.
 
 Only for edits that replace. No upstream form follows from a wrapper: what it does
-before and after the call belongs into what it wraps, and a person puts it there.
+before and after the call belongs into what it wraps, and a person puts it there. The
+kernels that it calls can be moved all the same, into a form that is stored.
 """
 
 from __future__ import annotations
@@ -28,29 +29,46 @@ _LAYOUT = f'line-length = {WIDTH}\nlint.isort.known-first-party = ["vllm"]'
 _TRITON = {"triton": "triton", "triton.language": "tl"}
 
 
+# How a kernel of ours asks for the number of multiprocessors, and how vLLM does.
+_MULTIPROCESSORS = re.compile(
+    r"properties = torch\.cuda\.get_device_properties\(device\)\n"
+    r"\s+(\w+) = properties\.multi_processor_count"
+)
+_PLATFORM, _COUNT = "vllm.utils.platform_utils", "num_compute_units"
+
+
 def draft(patch: Patch, source: Source) -> Mail:
     """The patch that says in vLLM's files what the replacements of ``patch`` say.
 
-    Message, tests and benchmark are those of the stored form, if there is one.
+    Message, tests and benchmark are those of the stored form, if there is one, and so
+    is everything but kernels where edits wrap.
 
     Raises:
         BadPatchError: It cannot be drafted; what to do instead.
     """
     kept = next(iter(forms.stored(patch).values()), None)
     stored = mail.read(kept) if kept else None
-    if any(edit.how != "replace" for edit in patch.edits):
-        raise BadPatchError(
-            f"{patch.name} wraps stock code, so its upstream form is finished by hand: "
-            f"change a copy of vLLM {source.version} and store what `git format-patch` "
-            f"writes as patches/{patch.name}/v{source.version}.patch"
-        )
     modules: Mapping[str, str]
     try:
         modules = binding.prose(patch).modules
     except BadPatchError:
         modules = {}  # it is not written yet
-    changes = [*_edited(patch, source, modules), *_moved(modules, source)]
-    rest = [file for file in stored.files if not file.is_code] if stored else []
+    splices = all(edit.how == "replace" for edit in patch.edits)
+    if not splices and not (stored and modules):
+        raise BadPatchError(
+            f"{patch.name} wraps stock code, so its upstream form is finished by hand: "
+            f"change a copy of vLLM {source.version} and store what `git format-patch` "
+            f"writes as patches/{patch.name}/v{source.version}.patch"
+        )
+    changes = _moved(modules, source)
+    if splices:
+        changes += _edited(patch, source, modules)
+    made = {change.path for change in changes}
+    rest = [
+        file
+        for file in (stored.files if stored else ())
+        if file.path not in made and not (splices and file.is_code)
+    ]
     code = mail.parse(f"Subject: x\n\n\n---\n{forms.diff(changes)}").files
     drafted = Mail(
         subject=patch.summary,
@@ -295,9 +313,7 @@ def _wanted(name: str, ours: _Ours, modules: Mapping[str, str]) -> _Import:
 def _imported(text: str, wanted: _Import) -> str:
     """``text`` that imports one name more, where ruff would put it."""
     tree, lines = ast.parse(text), text.splitlines()
-    alias = ast.alias(
-        wanted.original, None if wanted.name == wanted.original else wanted.name
-    )
+    alias = _alias(wanted)
     statements = [
         node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
     ]
@@ -326,6 +342,15 @@ def _imported(text: str, wanted: _Import) -> str:
         new = ["", *new] if has_docstring else [*new, "", ""]
     lines[at:at] = new
     return "\n".join(lines) + "\n"
+
+
+def _alias(wanted: _Import) -> ast.alias:
+    other = None if wanted.name == wanted.original else wanted.name
+    return ast.alias(wanted.original, other)
+
+
+def _named(wanted: _Import) -> str:
+    return ast.unparse(_alias(wanted))
 
 
 def _from(origin: str, names: list[ast.alias]) -> list[str]:
@@ -360,15 +385,27 @@ def _place(origin: str | None, plain: str) -> tuple[int, bool, str]:
 
 def _moved(modules: Mapping[str, str], source: Source) -> list[Changed]:
     """A new file in vLLM for each kernel's module that the form says it becomes."""
-    changes = []
+    texts: dict[str, str] = {}
     for module, theirs in modules.items():
         file = binding.our_file(module)
         if file is None:
             raise BadPatchError(f"`modules` names {module}, which is not there")
         if source.text(theirs) is not None:
             raise BadPatchError(f"vLLM {source.version} has a {theirs} already")
-        text = file.read_text("utf-8")
+        texts[module] = file.read_text("utf-8")
+    changes = []
+    for module, text in _without_references(texts).items():
+        theirs = modules[module]
+        for wanted in _imports(ast.parse(text)):
+            moved_to = modules.get(wanted.meant)
+            if moved_to is not None and wanted.origin:  # a module by its name
+                parent, _, last = moved_to.rpartition(".")
+                there = _Import(parent, last, wanted.name)
+                line = f"from {wanted.origin} import {_named(wanted)}"
+                text = text.replace(line, _from(parent, [_alias(there)])[0])
         for before, after in modules.items():
+            # In prose the last name will do; the whole one may be too long.
+            text = text.replace(f"`{before}", f"`{after.rpartition('.')[2]}")
             text = text.replace(before, after)
         body = [line for line in text.splitlines() if not line.startswith("# SPDX-")]
         moved = "\n".join([*SPDX, *body]) + "\n"
@@ -376,9 +413,53 @@ def _moved(modules: Mapping[str, str], source: Source) -> list[Changed]:
         moved = re.sub(r"^import triton(\.language as tl)?\n", "", moved, flags=re.M)
         for name in sorted(used):
             moved = _imported(moved, _Import("vllm.triton_utils", name, name))
+        moved, asks = _MULTIPROCESSORS.subn(rf"\1 = {_COUNT}(device.index or 0)", moved)
+        if asks:
+            moved = _imported(moved, _Import(_PLATFORM, _COUNT, _COUNT))
         path = f"{theirs.replace('.', '/')}.py"
         changes.append(Changed(path, "", _formatted("", moved)))
     return changes
+
+
+def _without_references(texts: dict[str, str]) -> dict[str, str]:
+    """Kernels' modules without references, nor what only these need.
+
+    What a kernel has to give is tested upstream against the code that it takes the
+    place of.
+    """
+    trees = {module: ast.parse(text) for module, text in texts.items()}
+    gone: set[tuple[str, str]] = set()
+    for module, tree in trees.items():
+        gone |= {(module, it) for it in _globals(tree) if it.endswith("_reference")}
+    while True:
+        names = {
+            part.id if isinstance(part, ast.Name) else part.attr
+            for module, tree in trees.items()
+            for name, node in _globals(tree).items()
+            if (module, name) not in gone
+            for part in ast.walk(node)
+            if isinstance(part, ast.Name | ast.Attribute)
+            and isinstance(part.ctx, ast.Load)
+        }
+        more = {
+            (module, name)
+            for module, tree in trees.items()
+            for name in _globals(tree)
+            if name.startswith("_") and name not in names
+        } - gone
+        if not more:
+            break
+        gone |= more
+    kept = {}
+    for module, tree in trees.items():
+        lines = texts[module].splitlines()
+        for name, node in reversed(_globals(tree).items()):
+            if (module, name) in gone:
+                decorators = node.decorator_list if isinstance(node, Definition) else []
+                first = min([node.lineno, *(each.lineno for each in decorators)])
+                del lines[first - 1 : node.end_lineno]
+        kept[module] = "\n".join(lines) + "\n"
+    return kept
 
 
 # -- layout ----------------------------------------------------------------------------
@@ -393,7 +474,7 @@ def _formatted(before: str, after: str) -> str:
         return after
 
     def formatted(text: str) -> str:
-        for command in (["check", "--select", "I", "--fix"], ["format"]):
+        for command in (["check", "--select", "I,F401", "--fix"], ["format"]):
             done = subprocess.run(
                 [ruff, *command, "--isolated", "--quiet", "--config", _LAYOUT, "-"],
                 input=text,
