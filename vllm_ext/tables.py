@@ -207,8 +207,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/proofs.md": {
         module: docstring(module)
         for module in (
-            *("pretend", "syncs", "graphs", "sanitizer", "kernels", "compiles", "lag"),
-            *("gpu", "cuda", "engine"),
+            *("pretend", "syncs", "graphs", "sanitizer", "kernels", "traffic"),
+            *("compiles", "lag", "gpu", "cuda", "engine"),
         )
     },
     "patches/README.md": {"weights": weights, "stories": stories},

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytes_moved import bytes_moved
 from decode_steps import GROUPS, LENGTH, SEATS, THREE, World, stock_modules
 
 from vllm_ext.kernels import decode_inputs as module
 from vllm_ext.prove.sanitizer import Sanitizer
+from vllm_ext.prove.trafficrun import bytes_moved
 from vllm_ext_cpulane.engine import run_script
 from vllm_ext_cpulane.environment import lane_environment
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytes_moved import bytes_moved
 from closeness import assert_as_close_as_torch
 from sampling_batch import KINDS, TILE, WIDTH, logits_of
 
 from vllm_ext.kernels import logprobs as module
 from vllm_ext.prove.sanitizer import Sanitizer
+from vllm_ext.prove.trafficrun import bytes_moved
 
 NAN = float("nan")
 MOST = 20

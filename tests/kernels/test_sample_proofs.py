@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytes_moved import bytes_moved
 from sampling_batch import WIDTH, Request, every_kind, logits_of, ours, run
 
 from vllm_ext.kernels import logprobs
 from vllm_ext.kernels import sample as module
 from vllm_ext.prove.sanitizer import Sanitizer
+from vllm_ext.prove.trafficrun import bytes_moved
 from vllm_ext_cpulane.engine import run_script
 from vllm_ext_cpulane.environment import lane_environment
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytes_moved import bytes_moved
 from filtering_batch import Filtered, asked, every_filter, run, scratch_for
 from sampling_batch import WIDTH, logits_of
 
 from vllm_ext.kernels import top_k_top_p as module
 from vllm_ext.prove.sanitizer import Sanitizer
+from vllm_ext.prove.trafficrun import bytes_moved
 from vllm_ext_cpulane.engine import run_script
 from vllm_ext_cpulane.environment import lane_environment
 

@@ -21,6 +21,7 @@ INSTRUMENTS = {
     "graphs": "what a CUDA graph bakes in, and what its replay would read",
     "races": "kernels: accesses out of bounds, and races between programs",
     "kernels": "kernels: registers, spills, shared memory, width of loads",
+    "traffic": "launches and bytes from logits to a token, by sampling mode",
     "compiles": "what is compiled while decoding, after warm-up",
     "gpu": "tokens, waits and compilations on a GPU, or the files that tell of them",
     "lag": "tokens on a device that is as far behind the host as code lets it be",
@@ -43,12 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             added.add_argument(
                 "--write", metavar="FILE", help="write the audit, as Markdown"
             )
+        if name == "traffic":
+            added.add_argument(
+                "--write", metavar="FILE", help="write the counts, as Markdown"
+            )
         if name == "graphs":
             added.add_argument(
                 "--write", metavar="FILE", help="write what moves, as Markdown"
             )
             added.add_argument(
                 "--html", metavar="FILE", help="draw the captured step on a page"
+            )
+            added.add_argument(
+                "--steps", metavar="FILE", help="write a step before and after"
             )
         if name == "kernels":
             added.add_argument(
@@ -66,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {text}", file=sys.stderr)
 
-    files = [getattr(args, name, None) for name in ("write", "html")]
+    written = ("write", "html", "steps")
+    files = [getattr(args, name, None) for name in written]
     try:
         for file in filter(None, files):
             jsonfile.check(Path(file))
         if any(files):
-            for name in ("write", "html"):
+            for name in written:
                 if getattr(args, name, None):
                     _write(args.instrument, name, getattr(args, name), say)
             return 0
