@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_ext.prove import stepdrawing
 from vllm_ext_cpulane.engine import run_script
 
 pytestmark = pytest.mark.vllm
@@ -97,6 +98,16 @@ def test_every_buffer_is_listed(found):
     table = found["async"]["table"]
     assert len(table) > 20
     assert all(entry.count(";") >= 1 for entry in table)
+
+
+def test_the_drawing_is_what_is_recorded_now(found):
+    drawing = found["drawing"]
+    assert [kind for kind, _ in drawing["ours"]] == ["h2d", *["graph"] * 3, "d2h"]
+    page = (SCRIPT.parents[3] / "docs" / "step-graph.md").read_text()
+    if found["vllm"].startswith("0.32.0"):  # which it is of
+        assert page == stepdrawing.draw(drawing)
+    else:
+        assert len(drawing["stock"]) >= 21
 
 
 def test_the_check_is_quiet_where_nothing_is_wrong(found):

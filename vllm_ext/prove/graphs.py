@@ -62,6 +62,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from vllm_ext.prove import pretend
 from vllm_ext.prove.pretend import POISON, Operation, Stream, Where, current, data_of
+from vllm_ext.prove.stepdrawing import write as steps
 from vllm_ext.prove.stepgraph import html, verdicts, write
 
 aten = torch.ops.aten
@@ -83,6 +84,7 @@ __all__ = [
     "graph_pool_handle",
     "html",
     "names",
+    "steps",
     "verdicts",
     "write",
 ]

@@ -287,6 +287,14 @@ def planted(llm: Any) -> dict[str, Any]:
     return found
 
 
+def unchecked(llm: Any, device: PretendDevice, look: Any) -> Any:
+    """What ``look`` sees of steps of which none is checked."""
+    from vllm_ext.patches.step_graph.check import Calendar
+
+    engine.model_runner(llm)._calendar = Calendar("0")
+    return look(llm, device)
+
+
 def short(llm: Any, runner: Any, graph: Any, check: str = "1") -> Any:
     """Three requests and a few steps, each of which is checked, or none."""
     from vllm_ext.patches.step_graph.check import Calendar
@@ -452,8 +460,13 @@ def empty_step_graph(main: pretend.Stream, copying: pretend.Stream) -> Any:
 
 if __name__ == "__main__":
     if sys.argv[1] == "small":
+        import vllm
+
+        from vllm_ext.prove import stepdrawing
+
         with PretendDevice() as device, booted(device) as llm:
-            found = {"planted": planted(llm), "life": life(llm)}
-        report({**found, "ring": ring()})
+            found = {"drawing": unchecked(llm, device, stepdrawing.of_engine)}
+            found |= {"planted": planted(llm), "life": life(llm)}
+        report({**found, "ring": ring(), "vllm": vllm.__version__})
     else:
         decode(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,198 @@
+"""A decode step of Model Runner V2 as stock submits it, and as ``step_graph`` does.
+
+Both are recorded: one engine on the pretend device decodes the same four requests
+twice, without and with its step graph, and every operation that the host submits in
+one steady step is written down. What the graphs hold is read from the graphs.
+
+Runs in a process of its own on the CPU lane.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from vllm_ext import hostbench, jsonfile
+from vllm_ext.children import Child, serve
+from vllm_ext.prove.pretend import Operation, PretendDevice
+
+# Greedy and sampled rows; the step is their fifth, in the middle of a block.
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 0.0},
+    {"temperature": 1.3, "seed": 2},
+    {"temperature": 0.7, "seed": 3, "top_p": 0.9},
+)
+STEP = 5
+TOKENS = STEP + 3
+KINDS = {
+    "h2d": "copy to device",
+    "d2h": "copy to host",
+    "graph": "replay",
+    "triton": "Triton",
+    "launch": "torch",
+}
+FORWARD = "forward graph, vLLM's: the model"
+OURS = ("prep graph", FORWARD, "sampler graph")
+
+
+def write(path: Path, say: Callable[[str], None]) -> None:
+    """Record and write ``docs/step-graph.md``.
+
+    Raises:
+        CannotRunError: There is no CPU lane.
+        ChildError: The engine failed.
+        CannotWriteError: The file cannot be written.
+    """
+    say("recording two decode steps of a real engine on the pretend device")
+    environment = hostbench.environment("interpret")
+    environment |= {"VEXT": "1", "VEXT_PATCHES": "step_graph"}
+    environment |= {"VEXT_STEP_GRAPH_CHECK": "0", "VLLM_CPU_KVCACHE_SPACE": None}
+    child = Child("vllm_ext.prove.stepdrawing", environment, "the engine")
+    try:
+        child.tell("record")
+        jsonfile.write_text(path, draw(child.hear(600)))
+    finally:
+        child.close()
+
+
+def main() -> None:
+    """Serve one question: record."""
+    serve({"record": record})
+
+
+def record() -> dict[str, Any]:
+    """Boot an engine and look; see `of_engine`."""
+    from vllm_ext.prove import engine
+
+    with ExitStack() as stack:
+        device = stack.enter_context(PretendDevice())
+        llm = stack.enter_context(engine.booted(device))
+        return of_engine(llm, device)
+
+
+def of_engine(llm: Any, device: PretendDevice) -> dict[str, Any]:
+    """Decode `REQUESTS` twice.
+
+    Returns:
+        ``stock`` and ``ours``, each the operations of the step in order, as kind and
+        name; ``graphs``, for each of ours the names of its operations.
+    """
+    from vllm_ext.prove import engine
+
+    runner = engine.model_runner(llm)
+    graph = runner.step_graph
+    runner.step_graph = None
+    stock = _step(llm, runner, device)
+    runner.step_graph = graph
+    ours = _step(llm, runner, device)
+    rows = len(REQUESTS)
+    captured = (
+        graph._prep[rows],
+        graph.manager.graphs[graph.by_rows[rows]],
+        graph._sampler[rows, True],
+    )
+    return {
+        "stock": stock,
+        "ours": ours,
+        "graphs": [[[node.kind, node.name] for node in g.nodes] for g in captured],
+    }
+
+
+def _step(llm: Any, runner: Any, device: PretendDevice) -> list[list[str]]:
+    """What is submitted in the step number `STEP` of all requests."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    for number, wanted in enumerate(REQUESTS):
+        core.add_request(
+            f"{number}",
+            {"prompt_token_ids": [4 + 7 * number + i for i in range(3 + number)]},
+            SamplingParams(
+                detokenize=False, ignore_eos=True, max_tokens=TOKENS, **wanted
+            ),
+        )
+    seen: list[list[list[str]]] = []
+    with _watched(runner, device, seen):
+        while core.has_unfinished_requests():
+            core.step()
+    return seen[STEP]
+
+
+@contextmanager
+def _watched(
+    runner: Any, device: PretendDevice, seen: list[list[list[str]]]
+) -> Iterator[None]:
+    """Append the operations of each step of all requests to ``seen``."""
+    operations: list[list[str]] = []
+    execute, sample = runner.execute_model, runner.sample_tokens
+
+    def observe(operation: Operation) -> None:
+        if operation.kind != "sync":
+            operations.append([operation.kind, operation.name])
+
+    def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        operations.clear()
+        return execute(scheduled, *args, **kwargs)
+
+    def sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        seen.append(list(operations))
+        return output
+
+    device.observers.append(observe)
+    try:
+        with (
+            mock.patch.object(runner, "execute_model", execute_model),
+            mock.patch.object(runner, "sample_tokens", sample_tokens),
+        ):
+            yield
+    finally:
+        device.observers.remove(observe)
+
+
+# -- for people ------------------------------------------------------------------------
+
+
+def draw(found: dict[str, Any]) -> str:
+    """The page."""
+    before, after = found["stock"], found["ours"]
+    inside = iter(zip(OURS, found["graphs"], strict=True))
+    lines = [
+        "# One decode step, before and after",
+        "",
+        "Written by `vllm-ext prove graphs --steps docs/step-graph.md` and checked by",
+        "its test: do not edit. One steady step of four requests (greedy, temperature,",
+        "top-p) in vLLM 0.32.0 with Triton's attention, recorded on the pretend",
+        "device: what the host submits, in order, and what the graphs hold.",
+        "",
+        f"## Stock: {len(before)} submissions",
+        "",
+        "```",
+        "host            device",
+        *(_line(kind, FORWARD if kind == "graph" else name) for kind, name in before),
+        "```",
+        "",
+        f"## `step_graph`: {len(after)} submissions",
+        "",
+        "```",
+        "host            device",
+    ]
+    for kind, name in after:
+        if kind != "graph":
+            lines.append(_line(kind, name))
+            continue
+        called, nodes = next(inside)
+        lines.append(_line(kind, called))
+        if called != FORWARD:
+            lines += [f"{'':21}│ {node}" for _, node in nodes]
+    return "\n".join([*lines, "```", ""])
+
+
+def _line(kind: str, name: str) -> str:
+    return f"{KINDS[kind]:<15} ──▶ {name}"
+
+
+if __name__ == "__main__":
+    main()
