@@ -213,31 +213,52 @@ def test_a_slot_is_taken_while_its_tokens_are_read_by_another_thread(modules):
 # -- engines that have no graph for it -------------------------------------------------
 
 
-def test_no_forward_graph_is_a_reason_and_no_error(modules, monkeypatch):
-    """As with cudagraph_mode=FULL, whose graphs are for any mix of requests."""
+@pytest.mark.parametrize(
+    "described",
+    [
+        {"uniform_token_count": None},  # any mix of requests: cudagraph_mode=FULL
+        {"num_reqs": 256, "num_tokens": 256},  # no smaller one is captured
+        {"num_reqs": 4},
+        {"cg_mode": "PIECEWISE"},
+    ],
+    ids=lambda described: ", ".join(described),
+)
+def test_graphs_of_another_kind_are_not_taken(modules, described):
+    full = modules.eligibility.CUDAGraphMode.FULL
+    given = {"cg_mode": full, "uniform_token_count": 1, "num_reqs": 8, "num_tokens": 8}
+
+    def found(**changes):
+        graph = SimpleNamespace(**{**given, **changes})
+        manager = SimpleNamespace(graphs=[graph], dispatch=lambda *_, **__: graph)
+        return any(modules.eligibility.forward_graphs(manager))
+
+    assert found()
+    assert not found(**described)
+
+
+@pytest.mark.parametrize("gone", ["manager", "graphs", "seats"])
+def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gone):
     from vllm_ext.patches.step_graph import replacement
 
-    aside = []
-    monkeypatch.setattr(replacement, "step_aside", lambda *given: aside.append(given))
-    monkeypatch.setattr(
-        modules.eligibility, "reasons_of_engine", lambda runner: iter(())
-    )
-    manager = SimpleNamespace(
-        graphs={"any": None},
-        dispatch=lambda *_, **__: SimpleNamespace(
-            **{"cg_mode": None, "uniform_token_count": None},
-            **{"num_reqs": 8, "num_tokens": 8},
-        ),
-    )
     runner = object.__new__(replacement.StepGraphModelRunner)
-    runner.cudagraph_manager = manager
-    runner.sampler = SimpleNamespace(_vext_seats=None)
-    seats = SimpleNamespace(refused=None, application=None)
-    monkeypatch.setattr(replacement, "Seats", lambda *_: seats)
-    monkeypatch.setattr(replacement, "agree", lambda right: right, raising=False)
-    runner.capture_step_graph()
+    manager = SimpleNamespace(_graphs_captured=True)
+    graph = object.__new__(modules.graphs.StepGraph)
+    graph.runner, graph.manager, graph.seats = runner, manager, "seats"
+    graph.plan = lambda scheduled: "a plan"
+    runner.cudagraph_manager, runner.step_graph = manager, graph
+    runner._seats = lambda: graph.seats
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(replacement, "step_aside", lambda *_: None)
+        runner._plan(graph, None)
+        assert runner.step_graph is graph
+        if gone == "manager":
+            runner.cudagraph_manager = SimpleNamespace(_graphs_captured=True)
+        elif gone == "graphs":
+            manager._graphs_captured = False
+        else:
+            runner._seats = lambda: "others"
+        assert runner._plan(graph, None) is None
     assert runner.step_graph is None
-    assert len(aside) == 1
 
 
 # -- in the engine ---------------------------------------------------------------------
