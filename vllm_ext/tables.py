@@ -23,6 +23,7 @@ from vllm_ext.upstream import forms, mail
 ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = "cpu"
 SCHEDULER_PARTS = ("schedule", "update_from_output", "step")
+WORKER_PART = "worker"
 NO_GPU = "Not yet measured on a GPU.\n"
 
 
@@ -154,6 +155,26 @@ def scheduler_cost() -> str:
     return _table(head, [(*key, *cells) for key, cells in rows.items()]) + f"\n{link}"
 
 
+def worker_cost() -> str:
+    """The worker's part of a step in the newest kept result: for README.md."""
+    result, link = _newest("step-graph-host")
+    rows = [
+        (
+            f"{row['batch']}, {row['mode']}",
+            f"{row['stock_us']:.0f}",
+            f"{row['patched_us']:.0f}",
+            f"{row['ratio']:.3f} ({row['ci95'][0]:.3f}-{row['ci95'][1]:.3f})",
+            f"{row['control_ratio']:.2f}",
+            f"{sum(row['submissions_stock'].values())} → "
+            f"{sum(row['submissions_patched'].values())}",
+        )
+        for row in result["rows"]
+        if row["part"] == WORKER_PART
+    ]
+    head = ("batch, sampling", "stock us", "patched us", "ratio (95 %)")
+    return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
+
+
 def on_gpus() -> str:
     """All patches against stock, on every GPU of which there is a result."""
     files = {
@@ -201,6 +222,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": on_gpus,
         "host": host_cost,
         "scheduler": scheduler_cost,
+        "worker": worker_cost,
         "patches": patches,
         "variables": variables,
     },
