@@ -103,6 +103,15 @@ PATCH = Patch(
         f"{_GPU}.model_runner:GPUModelRunner._dummy_sampler_run",
         f"{_GPU}.async_utils:AsyncOutput.__init__",
         f"{_GPU}.warmup:_warmup_kernels",
+        # That nobody writes into the ones of a decode batch, which are shared.
+        f"{_GPU}.pp_utils:PPHandler.broadcast",
+        f"{_SAMPLE}.batch_shard:gather_sampler_output",
+        f"{_SAMPLE}.batch_shard:_pack_sampler_output_kernel",
+        f"{_GPU}.model_states.mamba_hybrid:MambaHybridModelState.postprocess_state",
+        f"{_GPU}.model_states.mamba_hybrid:_scatter_num_accepted_kernel",
+        f"{_GPU}.model_states.recoverssm:RecoverSSMState.commit_step",
+        # Which memory a model is loaded into, and what sleeping does with it.
+        "vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",
         f"{_SAMPLE}.batch_shard:BatchSharder.shard_sampler_inputs",
         f"{_SAMPLE}.output:SamplerOutput",
         "vllm.v1.watermarking.gpu_sampler:GPUWatermarkSampler",

@@ -37,9 +37,12 @@ def take_seats(original: Callable[..., None]) -> Callable[..., None]:
     """`Sampler.__init__`, after which there are `Seats`."""
     new_application()
 
-    def __init__(self: Sampler, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self._vext_seats = Seats(self)
+    def __init__(self: Sampler, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        # With sleep mode, models are loaded into memory that sleeping empties: those
+        # seats are made later, at the first call.
+        if not vllm_config.model_config.enable_cumem_allocator:
+            self._vext_seats = Seats(self)
 
     return __init__
 
@@ -50,8 +53,9 @@ def join(original: Callable[..., None]) -> Callable[..., None]:
     def add_request(self: Sampler, req_idx: int, sampling_params: Any) -> None:
         original(self, req_idx, sampling_params)
         seats = seats_of(self)
-        if seats is None:  # made before the patch was applied
-            seats = self._vext_seats = Seats(self)
+        if seats is None:
+            with torch.inference_mode(False):
+                seats = self._vext_seats = Seats(self)
         if seats.refused is None:
             seats.join(req_idx, sampling_params)
 
@@ -100,7 +104,8 @@ def sample_in_one_launch(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> SamplerOutput:
         seats = seats_of(self)
         if seats is None:
-            return original(self, logits, input_batch)
+            with torch.inference_mode(False):
+                seats = self._vext_seats = Seats(self)
         if seats.refused is not None:
             _leave(seats.refused, input_batch)
             return original(self, logits, input_batch)

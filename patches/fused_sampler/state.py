@@ -2,9 +2,9 @@
 """What every seat asks of the sampler, on the device and on the host.
 
 A seat is an index into vLLM's request states. `Seats` is made with a ``Sampler``, or
-when one that was there before gets a request, and follows it: `Seats.join` when it got
-a request, `Seats.write` when it wrote what was staged. `seats_of` finds it. It owns
-what the kernels read, at one address for ever:
+when one that has none is called or gets a request, and follows it: `Seats.join` when
+it got a request, `Seats.write` when it wrote what was staged. `seats_of` finds it. It
+owns what the kernels read, at one address for ever:
 
 * ``requests``: 64 bytes of parameters per seat, lists of biased, allowed and stop
   tokens, and planes of bits. ``prompt_bits`` and ``output_counts`` are vLLM's own

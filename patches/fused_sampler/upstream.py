@@ -56,6 +56,9 @@ UPSTREAM = Upstream(
           of 1,152 entries per request, and scratch for max_num_reqs rows.
         - The kernels are compiled at the first call, that of the memory profile, rather
           than through VllmJitKernel.
+        - Sleep mode, level 2, empties the memory that models are loaded into, and with it
+          what Sampler.__init__ allocates. Seats hold constants there; with that mode they
+          have to be made later, at the first call, as the plugin does.
         - ROCm and XPU have not been tried.
         - Model Runner V1 is not touched.
     """,

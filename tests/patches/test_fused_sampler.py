@@ -104,6 +104,11 @@ def test_reverted_it_is_stock(mixed):
     assert telling["reverted"]["draws"]["rows"] == 0
 
 
+def test_seats_are_made_at_the_first_call_at_the_latest(mixed):
+    """As with sleep mode, where they must not lie where the model does."""
+    assert mixed["made"] == [True, True]
+
+
 def test_each_planted_bug_is_found(mixed):
     stock = mixed["revealing"]["stock"]["answers"]
     assert len(mixed["planted"]) == 10

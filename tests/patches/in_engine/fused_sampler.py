@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
+import torch
 import workload
 from same_tokens import count_preemptions
 from vllm.sampling_params import StructuredOutputsParams
@@ -174,6 +175,15 @@ class Engine:
         # In another thread, a request would join whenever its grammar is ready.
         core.structured_output_manager._use_async_grammar_compilation = False
 
+    def made_at_the_first_call(self) -> list[bool]:
+        """Whether a sampler without seats gets them in a memory profile, and warm."""
+        runner = workload.model_runner(self.llm)
+        with all_applied([NAME]):
+            before = state.seats_of(runner.sampler)
+            runner._dummy_sampler_run(runner.model.embed_input_ids(torch.arange(3)))
+            seats = state.seats_of(runner.sampler)
+            return [before is None, seats is not None and seats.warmed]
+
     def run(
         self, wanted: list[workload.Request], patches: list[str] | None = None
     ) -> dict[str, Any]:
@@ -304,6 +314,7 @@ def main() -> None:
             "reverted": engine.run(telling),
         }
         found["revealing"]["preempted"] = len(preempted)
+        found["made"] = engine.made_at_the_first_call()
         found["planted"] = {}
         for bug, plant in planted().items():
             with plant:
