@@ -277,11 +277,13 @@ def test_a_form_that_is_broken_gets_a_line(
 
 
 def test_lines_that_moved_are_another_version(spliced: Toy):
-    sampler = spliced.tree / "vllm/toy/sampler.py"
-    sampler.write_text(STOCK.replace("import torch\n", "import torch\n\n", 1) + "\n\n")
-    found = spliced.check()
-    assert found != []
-    assert all("\n" not in line for line in found)
+    """Of the vLLM that the form is for; another one may have them elsewhere."""
+    spliced.stores(STOCK.replace("range(self.size)", "range(2 * self.size)"))
+    assert not any("is not for this text" in line for line in spliced.check())
+    changed(spliced.tree / "vllm/toy/sampler.py", "import torch", "import os, torch\n")
+    assert any("is not for this text" in line for line in spliced.check())
+    changed(spliced.tree / "vllm/_version.py", "0.33.0", "0.32.0")
+    assert not any("is not for this text" in line for line in spliced.check())
 
 
 def test_a_form_without_its_vllm_or_its_prose_gets_a_line(spliced: Toy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from upstream.conftest import STOCK, TEST, Toy, changed
+from upstream.conftest import STOCK, TEST, WRAPPED, Toy, changed
 
 from vllm_ext.patching.declare import Edit
 from vllm_ext.upstream import binding, draft, forms
@@ -15,8 +15,10 @@ KERNEL = '''\
 # SPDX-License-Identifier: Apache-2.0
 """A kernel.
 
-Why it is so.
+Why it is so, as in `vllm_ext.kernels.parts`.
 """
+
+import math
 
 import torch
 import triton
@@ -28,6 +30,20 @@ from vllm_ext.kernels.parts import part
 @triton.jit
 def _toy_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr, part(tl.load(x_ptr)))
+
+
+def toy_reference(x: torch.Tensor) -> torch.Tensor:
+    return _by_hand(x)
+
+
+def _by_hand(x: torch.Tensor) -> torch.Tensor:
+    return x + math.ceil(0.5)
+
+
+def make_scratch(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    multiprocessors = properties.multi_processor_count
+    return multiprocessors
 
 
 def toy(x: torch.Tensor) -> torch.Tensor:
@@ -53,11 +69,13 @@ def made(toy: Toy, path: str = "vllm/toy/sampler.py") -> str:
     return changes[path]
 
 
-def with_kernel(toy: Toy) -> None:
+def with_kernel(toy: Toy, calls: bool = True) -> None:
     kernels = toy.root / "kernels"
     kernels.mkdir()
     (kernels / "toy.py").write_text(KERNEL)
     (kernels / "parts.py").write_text(PARTS)
+    if not calls:
+        return
     toy.says(
         "import torch as th\n",
         "import torch as th\nfrom vllm_ext.kernels import toy as op\n",
@@ -115,6 +133,7 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
     toy.declares(
         '    modules={"vllm_ext.kernels.toy": "vllm.toy.kernel",'
         ' "vllm_ext.kernels.parts": "vllm.toy.parts"},\n'
+        '    by_hand={"vllm.toy.kernel:make_scratch": ("make_scratch",)},\n'
     )
     assert "from vllm.toy import kernel as op\n" in made(toy)
     text = made(toy, "vllm/toy/kernel.py")
@@ -124,6 +143,12 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
         in text
     )
     assert "vllm_ext" not in text
+    assert "as in `parts`" in text
+    # What only the reference needs stays here; vLLM is asked for multiprocessors.
+    for gone in ("reference", "_by_hand", "math", "torch.cuda"):
+        assert gone not in text
+    assert "multiprocessors = num_compute_units(device.index or 0)\n" in text
+    assert "from vllm.utils.platform_utils import num_compute_units\n" in text
     assert "import triton\n" not in made(toy, "vllm/toy/parts.py").replace(
         "utils import triton\n", ""
     )
@@ -131,9 +156,31 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
     (toy.tree / "vllm/triton_utils.py").write_text(
         "import triton\nimport triton.language as tl\n"
     )
+    binding.stamp(toy.patch, [toy.source])
     assert toy.check() == []
     changed(toy.root / "kernels/parts.py", "x + 1", "x + 2")
     assert any("vllm.toy.parts:part is not" in line for line in toy.check())
+
+
+def test_kernels_of_a_wrapper_follow_ours(toy: Toy):
+    """What was written by hand stays; the kernel is moved anew."""
+    toy.wraps()
+    with_kernel(toy, calls=False)
+    toy.says("LIMIT = 4", "from vllm_ext.kernels import parts\n\nLIMIT = 4")
+    toy.declares(
+        '    by_hand={"vllm.toy.sampler:Sampler.flush": ("skip",)},\n'
+        '    only_here={"_foreign": "there is nothing foreign"},\n'
+        '    modules={"vllm_ext.kernels.parts": "vllm.toy.parts"},\n'
+    )
+    (toy.tree / "vllm/triton_utils.py").write_text("import triton\n")
+    for step in ("x + 1", "x + 2"):
+        if step != "x + 1":
+            changed(toy.root / "kernels/parts.py", "x + 1", step)
+        toy.stored.write_text(draft.draft(toy.patch, toy.source).text())
+        binding.stamp(toy.patch, [toy.source])
+        assert toy.check() == []
+        assert step in made(toy, "vllm/toy/parts.py")
+        assert made(toy) == WRAPPED
 
 
 def test_message_and_tests_of_the_stored_form_stay(toy: Toy):
