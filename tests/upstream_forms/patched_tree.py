@@ -45,9 +45,11 @@ class Tree:
 
 
 def make_tree(folder: Path, patches: Iterable[Patch] = ()) -> Tree:
-    """Apply the forms of ``patches``, one after the other, to a copy of vLLM.
+    """Apply the forms of ``patches`` to a copy of vLLM, and merge them.
 
-    Folders without a patched file are links to the installed ones.
+    Each is written for stock; git brings them together, as it would for vLLM if they
+    were merged one after the other. Folders without a patched file are links to the
+    installed ones.
     """
     tree = Tree(folder)
     letters = [
@@ -62,16 +64,20 @@ def make_tree(folder: Path, patches: Iterable[Patch] = ()) -> Tree:
         if path.startswith("vllm/")
     }
     _link(installed(), folder / "vllm", code)
-    _git(folder, "init", "-q")
+    _git(folder, "init", "-q", "-b", "series")
     _git(
         folder, "add", "--", *(f"vllm/{path}" for path, new in code.items() if not new)
     )
     _git(folder, "commit", "-q", "--allow-empty", "-m", "stock")
+    _git(folder, "branch", "stock")
     commits = {}
     for patch, letter in letters:
         written = folder / f"{patch.name}.patch"
         written.write_text(letter.text(), "utf-8")
+        _git(folder, "checkout", "-q", "-B", "form", "stock")
         _git(folder, "am", "-q", "--keep-non-patch", written.name)
+        _git(folder, "checkout", "-q", "series")
+        _git(folder, "cherry-pick", "form")
         commits[patch.name] = _git(folder, "rev-parse", "HEAD").strip()
         tree.tests[patch.name] = [
             folder / file.path
@@ -97,12 +103,16 @@ def plant(tree: Tree, bugs: Mapping[str, tuple[str, str, str]]) -> None:
 
 
 def _lines_of(commit: str, folder: Path, path: str) -> list[int]:
-    """Numbers of the lines that begin a statement in a function, of one commit."""
+    """Numbers of the lines that begin a statement of one commit in a function.
+
+    Kernels are left out: the interpreter compiles them anew.
+    """
     functions = ast.walk(ast.parse((folder / path).read_text("utf-8")))
     begun = {
         inside.lineno
         for node in functions
         if isinstance(node, ast.FunctionDef)
+        if not any("jit" in ast.unparse(each) for each in node.decorator_list)
         for inside in ast.walk(node)
         if isinstance(inside, ast.stmt) and inside is not node
         if not (isinstance(inside, ast.Expr) and isinstance(inside.value, ast.Constant))

@@ -24,11 +24,21 @@ HERE = Path(__file__).parent
 NAMES = [patch.name for patch in patched_tree.with_forms()]
 
 # Not in an engine of Model Runner V2; their own tests run them.
-OF_RUNNER_V1 = {"min_tokens_restore"}
+OF_RUNNER_V1 = {
+    "min_tokens_restore",
+    "v1_last_token",
+    "v1_copy_back",
+    "v1_pinned_mask",
+}
 
 GPU = "vllm/v1/worker/gpu"
 # One bug among the lines of each form: file, text, and what is there instead.
 PLANTED = {
+    "fused_sampler": (
+        f"{GPU}/sample/fused/step.py",
+        "sampled_token_ids=sampled.view(-1, 1)",
+        "sampled_token_ids=sampled.view(-1, 1) + 1",
+    ),
     "clean_sampler_writes": (
         f"{GPU}/sample/sampler.py",
         "        self.has_staged_writes = True\n        needs_processing =",
@@ -58,6 +68,21 @@ PLANTED = {
         "vllm/v1/sample/logits_processor/builtin.py",
         "row_needs_restore[restore_rows] & torch.isfinite(stop_logits)",
         "row_needs_restore[restore_rows]",
+    ),
+    "v1_last_token": (
+        "vllm/v1/sample/last_tokens.py",
+        "self._counts.index_copy_(0, moves[0], old.index_select(0, moves[1]))",
+        "self._counts.index_copy_(0, moves[1], old.index_select(0, moves[1]))",
+    ),
+    "v1_copy_back": (
+        "vllm/v1/outputs.py",
+        "        if copies is not self:\n            wait_for_copies()\n",
+        "",
+    ),
+    "v1_pinned_mask": (
+        "vllm/v1/worker/gpu_input_batch.py",
+        "pin_memory=PIN_MEMORY,\n                    )\n                self.allowed",
+        "pin_memory=False,\n                    )\n                self.allowed",
     ),
     "scheduler_fast_path": (
         "vllm/v1/core/sched/steady.py",
@@ -136,7 +161,7 @@ class TestInAnEngine:
         for file, lines in tree.added[name].items():
             added += len(lines)
             ran += len(set(lines) & set(found[1]["ran"][str(tree.folder / file)]))
-        assert ran >= 0.6 * added, f"{ran} of {added}"
+        assert ran >= added / 2, f"{ran} of {added}"
 
 
 @pytest.fixture(scope="module")

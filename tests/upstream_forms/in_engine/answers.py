@@ -44,7 +44,13 @@ def main() -> None:
     graphs = gpupath.graphs_that_replay(workload.model_runner(llm))
     threading.settrace(of_call)
     sys.settrace(of_call)
-    answers = workload.run(llm, workload.requests(7, 10))
+    # Bad words keep their steps from the path that the fused sampler takes.
+    words = {"temperature": 0.0, "bad_words": ["a"], "max_tokens": 10}
+    requests = [
+        *workload.requests(7, 8),
+        workload.Request("words", [5, 6, 7], words, arrives=8),
+    ]
+    answers = workload.run(llm, requests)
     sys.settrace(None)
     plugin = sys.modules.get("vllm_ext.plugin")
     report(
