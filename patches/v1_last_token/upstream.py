@@ -8,6 +8,13 @@ _SAMPLER = "vllm.v1.sample.sampler:Sampler"
 UPSTREAM = Upstream(
     overlaps=(
         Overlap(
+            "#47540",
+            "Open: keeps the penalties' statistics from step to step, drafts included. "
+            "It takes away the same rebuilding and, with it, the same wait. It has to "
+            "be agreed with its author which is taken up; this one leaves steps with "
+            "drafts alone, and does bad words too.",
+        ),
+        Overlap(
             "#26467",
             "Merged: made penalties and bad words right with asynchronous scheduling "
             "by waiting for the last tokens. This keeps them right without that wait.",
