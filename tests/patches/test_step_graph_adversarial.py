@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from vllm_ext_cpulane.engine import run_script
-from vllm_ext_cpulane.environment import lane_environment
 
 SCRIPT = Path(__file__).parent / "in_engine" / "step_graph_adversarial.py"
 SEATS = {"a": 5, "b": 0, "c": 3}
@@ -265,10 +264,10 @@ def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gon
 
 
 @pytest.fixture(scope="module")
-def in_engine():
+def in_engine(lane):
     def run(case, patches):
         settings = {"VEXT": "1", "VEXT_STRICT": "1", "VEXT_PATCHES": patches}
-        return run_script(SCRIPT, lane_environment("interpret") | settings, case)
+        return run_script(SCRIPT, lane | settings, case)
 
     return {
         "groups": run("groups", "step_graph"),
