@@ -94,6 +94,41 @@ def test_what_is_left_to_stock_is_counted(found, case):
     assert aside["logprobs"] > 0
 
 
+def test_an_engine_that_it_is_not_for_is_told_by_one_thing(found):
+    engines = dict(found["eligible"]["engines"])
+    assert engines.pop("as it is") == []
+    assert len(engines) > 18
+    assert {name: len(reasons) for name, reasons in engines.items()} == dict.fromkeys(
+        engines, 1
+    )
+    said = [reason for [reason] in engines.values()]
+    same = {"context parallelism", "not a decoder that generates text"}
+    assert len(set(said)) == len(said) - len(same)
+    assert engines["backend"] == ["attention backend FLASHINFER"]
+    assert engines["old"] == ["FlashAttention before 3"]
+
+
+def test_a_step_that_is_not_eligible_is_told_before_anything_changes(found):
+    steps = dict(found["eligible"]["steps"])
+    assert steps.pop("nothing has changed")
+    assert steps == {
+        "scheduled_new_reqs": "a request is new or resumed",
+        "total_num_scheduled_tokens": "a request has more than one token",
+        "scheduled_spec_decode_tokens": "draft tokens",
+        "new_block_ids_to_zero": "blocks to be zeroed or copied",
+        "has_structured_output_requests": "structured output",
+        "kv_cache_block_copies": "blocks to be zeroed or copied",
+        "scheduled_encoder_inputs": "encoder inputs",
+        "num_scheduled_tokens": "requests in another order",
+        "prompt": "a prompt is still being read",
+        "two blocks": "a request has more than one new block",
+        "aside": "logprobs",
+        "asks": "bad words",
+        "full": "a block table is full",
+        "rows": "more requests than a step graph has rows",
+    }
+
+
 def test_every_buffer_is_listed(found):
     table = found["async"]["table"]
     assert len(table) > 20

@@ -6,6 +6,7 @@ the other and looks whether the self-check sees it. ``ring`` has no engine: it p
 the ring of slots on a device whose clock it turns.
 """
 
+import dataclasses
 import logging
 import random
 import sys
@@ -315,6 +316,113 @@ def short(llm: Any, runner: Any, graph: Any, check: str = "1") -> Any:
     return workload.run(llm, requests)
 
 
+# -- who is eligible -----------------------------------------------------------------
+
+# By attribute of the runner, a value that no step graph is for.
+ENGINES: dict[str, Any] = {
+    **{"use_pp": True, "use_dcp": True, "lora_config": "one", "fast_prefill": "on"},
+    **{"pcp_manager": "one", "batch_sharder": "one", "ubatch_runner": "one"},
+    **{"speculative_config": "one", "decode_query_len": 2, "check_ep_fault": True},
+    **{"is_pooling_model": True, "is_encoder_decoder": True, "eplb": "one"},
+    **{"uses_inputs_embeds": True, "kv_connector": "one", "model_state": "one"},
+    **{"aux_output_connector": "one", "kernel_block_sizes": [8]},
+}
+# By field of the scheduler's output.
+STEPS: dict[str, Any] = {
+    **{"scheduled_new_reqs": ["one"], "total_num_scheduled_tokens": 9},
+    **{"scheduled_spec_decode_tokens": {"0": [1]}, "new_block_ids_to_zero": [3]},
+    **{"has_structured_output_requests": True, "kv_cache_block_copies": ["one"]},
+    "scheduled_encoder_inputs": {"0": [0]},
+}
+
+
+def eligible(llm: Any) -> dict[str, Any]:
+    """What is said of engines and steps that differ in one thing from a good one."""
+    from vllm_ext.patches.step_graph import eligibility
+
+    runner = engine.model_runner(llm)
+    graph = runner.step_graph
+    engines: dict[str, Any] = {"as it is": list(eligibility.reasons_of_engine(runner))}
+    for name, value in ENGINES.items():
+        if name == "eplb":
+            value = SimpleNamespace(state=value)
+        with mock.patch.object(runner, name, value):
+            engines[name] = list(eligibility.reasons_of_engine(runner))
+    with mock.patch.object(runner.cudagraph_manager, "graphs", {}):
+        engines["graphs"] = list(eligibility.reasons_of_engine(runner))
+    [[group]] = runner.attn_groups
+    builder = group.get_metadata_builder()
+    with mock.patch.object(builder, "supports_draft_decode_metadata_update", False):
+        engines["metadata"] = list(eligibility.reasons_of_engine(runner))
+    for backend, expected in (("FLASHINFER", "backend"), ("FLASH_ATTN", "old")):
+        named = SimpleNamespace(get_name=lambda backend=backend: backend)
+        with (
+            mock.patch.object(group, "backend", named),
+            mock.patch.object(builder, "aot_schedule", False, create=True),
+        ):
+            engines[expected] = list(eligibility.reasons_of_engine(runner))
+
+    steps: dict[str, Any] = {}
+    plan = graph.plan
+
+    def look(scheduled: Any) -> Any:
+        verdict = plan(scheduled)
+        if isinstance(verdict, str) or steps:
+            return verdict
+        before = host_state(runner)
+        cached = scheduled.scheduled_cached_reqs
+        changes: dict[str, Any] = {**STEPS}
+        rows = len(cached.req_ids)
+        tokens = scheduled.num_scheduled_tokens
+        changes["num_scheduled_tokens"] = dict(reversed(tokens.items()))
+        for name, field, value in (
+            ("prompt", "num_computed_tokens", [0] * rows),
+            ("two blocks", "new_block_ids", [([1, 2],)] * rows),
+        ):
+            other = dataclasses.replace(cached, **{field: value})
+            changes[name] = dataclasses.replace(scheduled, scheduled_cached_reqs=other)
+        for name, change in changes.items():
+            if not isinstance(change, type(scheduled)):
+                change = dataclasses.replace(scheduled, **{name: change})
+            found = plan(change)
+            steps[name] = found if isinstance(found, str) else "eligible"
+        seat = verdict.seats[0]
+        for name, holder, value in (
+            ("aside", graph.aside, 2),
+            ("asks", graph.seats.asks, 8),
+            ("full", runner.block_tables.num_blocks.np[0], 8),
+        ):
+            kept, holder[seat] = holder[seat], value
+            given = dataclasses.replace(cached, new_block_ids=[([1],)] * rows)
+            found = plan(dataclasses.replace(scheduled, scheduled_cached_reqs=given))
+            holder[seat] = kept
+            steps[name] = found if isinstance(found, str) else "eligible"
+        with mock.patch.object(graph, "by_rows", graph.by_rows[:rows]):
+            steps["rows"] = plan(scheduled)
+        steps["nothing has changed"] = before == host_state(runner)
+        return verdict
+
+    graph.plan = look
+    short(llm, runner, graph, "0")
+    del graph.plan
+    return {"engines": engines, "steps": steps}
+
+
+def host_state(runner: Any) -> list[Any]:
+    """What the host knows of requests."""
+    states = runner.req_states
+    return [
+        states.num_computed_tokens_np.tolist(),
+        states.num_computed_prefill_tokens.tolist(),
+        runner.block_tables.num_blocks.np.tolist(),
+        dict(states.req_id_to_index),
+        list(states.free_indices),
+        runner.step_graph.aside.tolist(),
+        runner.step_graph.seats.asks.tolist(),
+        runner.step_graph._turn,
+    ]
+
+
 # -- a life --------------------------------------------------------------------------
 
 
@@ -466,6 +574,7 @@ if __name__ == "__main__":
 
         with PretendDevice() as device, booted(device) as llm:
             found = {"drawing": unchecked(llm, device, stepdrawing.of_engine)}
+            found |= {"eligible": eligible(llm)}
             found |= {"planted": planted(llm), "life": life(llm)}
         report({**found, "ring": ring(), "vllm": vllm.__version__})
     else:
