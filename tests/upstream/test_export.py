@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from bench.made_up import engine_result
-from upstream.conftest import TEST, WRAPPED, Toy, changed
+from upstream.conftest import STOCK, TEST, WRAPPED, Toy, changed
 
 from vllm_ext import machine
 from vllm_ext.bench import results
@@ -69,6 +69,23 @@ def test_without_a_folder_it_prints_the_patch(capsys, ready: Toy):
     assert out == mail.read(ready.stored).unstamped().text()
     _, out_json, _ = run(capsys, "export", "toy", "--vllm", ready.tree, "--json")
     assert json.loads(out_json) == {"patch": out}
+
+
+def test_another_version_gets_it_at_its_own_lines(capsys, ready: Toy):
+    changed(ready.tree / "vllm/_version.py", "0.33.0", "0.32.0")
+    sampler = ready.tree / "vllm/toy/sampler.py"
+    sampler.write_text(f"# Older.\n{STOCK}\nOLDER = 1\n")
+    ready.stores(STOCK.replace("range(self.size)", "range(2 * self.size)"))
+    export = ("export", "toy", "--vllm", ready.tree)
+    status, out, err = run(capsys, *export)
+    assert (status, err) == (0, "")
+    (ready.folder / "v0.32.0.patch").write_text(out)
+    assert not any("is not for this text" in line for line in ready.check())
+    assert mail.parse(out).files != mail.read(ready.stored).files
+
+    (ready.folder / "v0.32.0.patch").unlink()
+    changed(sampler, "range(self.size)", "range(self.number)")
+    assert "there is no v0.32.0.patch: git apply" in refused(capsys, *export[1:])
 
 
 def test_what_is_not_known_is_said(capsys, ready: Toy):

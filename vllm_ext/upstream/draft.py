@@ -69,11 +69,10 @@ def draft(patch: Patch, source: Source) -> Mail:
         for file in (stored.files if stored else ())
         if file.path not in made and not (splices and file.is_code)
     ]
-    code = mail.parse(f"Subject: x\n\n\n---\n{forms.diff(changes)}").files
     drafted = Mail(
         subject=patch.summary,
         message=stored.message if stored else _why(patch),
-        files=(*rest, *code),
+        files=(*rest, *forms.diff(changes)),
         stamps={},
     )
     texts = [*changes, *(Changed(file.path, "", "") for file in rest)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_ext import doctor
@@ -120,15 +121,26 @@ def at_hand(vllm: str | None) -> list[Source]:
 
 
 def form_of(patch: Patch, source: Source, draft_anew: bool = False) -> Mail:
-    """The stored form for a vLLM, or one that is drafted.
+    """The stored form for a vLLM; that of another one, put on it; or a draft.
 
     Raises:
-        BadPatchError: Neither is possible.
+        BadPatchError: None of them is possible.
     """
-    path = forms.stored(patch).get(source.version)
-    if path is not None and not draft_anew:
-        return mail.read(path)
-    return draft.draft(patch, source)
+    if draft_anew or not forms.stored(patch):
+        return draft.draft(patch, source)
+    path = forms.form_for(patch, source.version)
+    assert path is not None
+    form = mail.read(path)
+    if source.version in forms.stored(patch):
+        return form
+    try:
+        changes = forms.apply(form, source, exact=False)
+    except BadPatchError as error:
+        raise BadPatchError(
+            f"{patch.name}/{path.name} does not fit vLLM {source.version}, and there "
+            f"is no v{source.version}.patch: {error}"
+        ) from None
+    return replace(form, files=forms.diff(changes))
 
 
 def _check(patches: list[Patch], sources: list[Source], as_json: bool) -> int:

@@ -13,7 +13,7 @@ from vllm_ext import doctor, machine
 from vllm_ext.patches import FINGERPRINTS
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.fingerprint import Source, SourceError, read_known, version_key
-from vllm_ext.upstream.mail import BadPatchError, Mail
+from vllm_ext.upstream.mail import BadPatchError, FileDiff, Mail, files
 
 PATCHES = FINGERPRINTS.parent
 WHEELS = machine.CHECKOUT / ".venv" / "wheels"
@@ -155,7 +155,7 @@ def contains(source: Source, mail: Mail) -> bool:
         return True
 
 
-def diff(changes: list[Changed]) -> str:
+def diff(changes: list[Changed]) -> tuple[FileDiff, ...]:
     """What ``git diff`` says of these changes, with the blobs' whole names."""
     with tempfile.TemporaryDirectory(prefix="vllm-ext-") as folder:
         tree = Path(folder)
@@ -167,7 +167,7 @@ def diff(changes: list[Changed]) -> str:
             )
             git(tree, "add", ".")
             git(tree, "commit", "-q", "--allow-empty", "-m", texts)
-        return git(tree, "diff", "--full-index", "--no-color", "HEAD~", "HEAD")
+        return files(git(tree, "diff", "--full-index", "--no-color", "HEAD~", "HEAD"))
 
 
 def _write(tree: Path, texts: dict[str, str]) -> None:

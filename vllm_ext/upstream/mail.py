@@ -135,14 +135,19 @@ def parse(text: str) -> Mail:
     return Mail(
         subject=one_line.removeprefix("[PATCH] "),
         message=message.strip(),
-        files=tuple(_files(text[start.start() :].splitlines(keepends=True))),
+        files=files(text[start.start() :]),
         stamps={match[1]: match[2] for match in matches if match},
     )
 
 
-def _files(lines: list[str]) -> list[FileDiff]:
-    """Each file's diff; every line of a hunk is accounted for."""
-    files: list[FileDiff] = []
+def files(text: str) -> tuple[FileDiff, ...]:
+    """Each file's diff, of what ``git diff`` says: every line is accounted for.
+
+    Raises:
+        BadPatchError: It is not what git says.
+    """
+    lines = text.splitlines(keepends=True)
+    found: list[FileDiff] = []
     at = 0
     while at < len(lines) and lines[at].startswith("diff --git "):
         begin = at
@@ -160,10 +165,10 @@ def _files(lines: list[str]) -> list[FileDiff]:
             raise BadPatchError(f"{names[1]} has no hunk")
         while at < len(lines) and lines[at].startswith("@@ "):
             at = _past_hunk(lines, at, names[1])
-        files.append(FileDiff(names[1], "".join(lines[begin:at])))
+        found.append(FileDiff(names[1], "".join(lines[begin:at])))
     if at < len(lines) and lines[at].rstrip("\n") not in ("-- ", ""):
-        raise BadPatchError(f"a hunk of {files[-1].path} ends where it should not")
-    return files
+        raise BadPatchError(f"a hunk of {found[-1].path} ends where it should not")
+    return tuple(found)
 
 
 def _past_hunk(lines: list[str], at: int, path: str) -> int:
