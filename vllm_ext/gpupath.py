@@ -120,7 +120,7 @@ def _recorded(
         return
     from vllm_ext.patches.step_graph import graphs
 
-    def record(work: Callable[[], None], *_: Any) -> Graph:
+    def record(work: Callable[[], None], pool: Any, vllm_config: Any) -> Any:
         return Graph(replay(work))
 
     stock, graphs.record = graphs.record, record
