@@ -18,6 +18,7 @@ from vllm_ext import demo, hostbench, settings
 from vllm_ext.bench import arms, report, results
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
+from vllm_ext.prove import kernels
 from vllm_ext.upstream import forms, mail
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,10 +40,14 @@ def _upstream(patch: Patch) -> str:
 def _form(patch: Patch) -> str:
     """The stored forms, with how many lines each changes in vLLM."""
     links = [
-        f"[{label}]({patch.name}/{path.name}) ({mail.read(path).size} lines)"
+        f"[{label}]({patch.name}/{path.name}), {_counted(mail.read(path).size)}"
         for label, path in forms.stored(patch).items()
     ]
-    return ", ".join(links) or "no"
+    return "; ".join(links) or "no"
+
+
+def _counted(lines: int) -> str:
+    return f"{lines} line{'' if lines == 1 else 's'}"
 
 
 def patches() -> str:
@@ -233,6 +238,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
             *("compiles", "lag", "gpu", "cuda", "engine"),
         )
     },
+    "docs/kernel-report.md": {"kernels": kernels.recorded},
     "patches/README.md": {"weights": weights, "stories": stories},
 }
 

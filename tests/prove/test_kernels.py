@@ -300,6 +300,34 @@ def test_update_says_what_it_accepts_and_keeps_what_it_did_not_look_at(
     assert not any("_steady_kernel" in line for line in said)
 
 
+def test_the_record_as_a_table(record):
+    """Of the newest Triton, a number for each target or one for all."""
+
+    def of(registers, spilled=0):
+        return {
+            **{"registers": registers, "spill_stores": spilled, "spill_loads": 0},
+            **{"stack": 0, "shared": 16, "wide_loads": 2, "wide_stores": 0},
+            **{"floats": {}, "float_order": ""},
+        }
+
+    old = {"80": of(1), "90": of(1)}
+    new = {"80": of(64), "90": of(61, spilled=8)}
+    kernel = {"a.b:_ours": {"x *bf16; N 1": new, "x *fp32; N 1": old}}
+    record.write_text(
+        json.dumps(
+            {
+                "3.9.2": {"vllm_ext": {"a:_gone": {"": old}}},
+                "3.10.0": {"vllm_ext": kernel},
+            }
+        )
+    )
+    assert kernels.recorded().splitlines() == [
+        *("### Ours, Triton 3.10.0", "", *kernels.HEADS),
+        "| `_ours (x *bf16)` | 64/61 | 0/8 | 16 | 2 |",
+        "| `_ours (x *fp32)` | 1 | 0 | 16 | 2 |",
+    ]
+
+
 def test_a_record_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "EXPECTED", tmp_path / "nowhere" / "resources.json")
     monkeypatch.setattr(kernels, "report", lambda say: pytest.fail("compiled"))

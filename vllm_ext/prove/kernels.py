@@ -204,6 +204,41 @@ def read() -> dict[str, Any]:
     return dict(expected)
 
 
+def recorded() -> str:
+    """The figures on record as Markdown, newest Triton, our kernels first.
+
+    Raises:
+        ValueError: As of `read`.
+    """
+    by_version = read()
+    version = max(by_version, key=lambda text: [int(n) for n in text.split(".")])
+    lines = []
+    for origin, kernels in by_version[version].items():
+        entries = [
+            {"kernel": kernel, "variant": variant, "figures": figures}
+            for kernel, variants in kernels.items()
+            for variant, figures in variants.items()
+        ]
+        whose = "Ours" if origin == OURS else f"Stock, {origin}"
+        lines += [f"### {whose}, Triton {version}\n", *HEADS]
+        for entry, label in zip(entries, _labels(entries), strict=True):
+            each = entry["figures"].values()
+            cells = [
+                _joined(each, lambda one, name=name: one[name])  # type: ignore[misc]
+                for name in ("registers", "spill_stores", "shared")
+            ]
+            wide = _joined(each, lambda one: one["wide_loads"])
+            lines.append(f"| `{label}` | {' | '.join(cells)} | {wide} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+HEADS = (
+    "| kernel | registers | spilled, bytes | shared memory, bytes | 16-byte loads |",
+    "| --- | --- | --- | --- | --- |",
+)
+
+
 def _check(figures: dict[str, Any]) -> None:
     """Raise an error unless these are what `_recorded` returns."""
     numbers = [figures[name] for name in EXACT | AT_LEAST]
