@@ -37,7 +37,11 @@ def toy_reference(x: torch.Tensor) -> torch.Tensor:
 
 
 def _by_hand(x: torch.Tensor) -> torch.Tensor:
-    return x + math.ceil(0.5)
+    return x + _deeper()
+
+
+def _deeper() -> int:
+    return math.ceil(0.5)
 
 
 def make_scratch(device: torch.device) -> int:
@@ -145,7 +149,7 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
     assert "vllm_ext" not in text
     assert "as in `parts`" in text
     # What only the reference needs stays here; vLLM is asked for multiprocessors.
-    for gone in ("reference", "_by_hand", "math", "torch.cuda"):
+    for gone in ("reference", "_by_hand", "_deeper", "math", "torch.cuda"):
         assert gone not in text
     assert "multiprocessors = num_compute_units(device.index or 0)\n" in text
     assert "from vllm.utils.platform_utils import num_compute_units\n" in text
