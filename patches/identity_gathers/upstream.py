@@ -37,7 +37,8 @@ UPSTREAM = Upstream(
         - The sampler sees views of buffers that the next step overwrites. They are read
           on the stream on which that step is launched, and none outlives the call; a
           later reader on another stream would have to copy.
-        - Batches with drafts and sharded sampling gather as before.
+        - Batches with drafts gather as before, and so does sharded sampling, unless one
+          rank owns all requests.
         - Model Runner V1 is not touched.
     """,
     by_hand={

@@ -26,6 +26,7 @@ UPSTREAM = Upstream(
         """--extra-body '{"min_tokens": 90, "structured_outputs": """
         """{"regex": "[a-z ]*"}}'"""
     ),
+    benchmark="python benchmarks/kernels/benchmark_min_tokens_restore.py",
     accuracy=(
         "no evaluation was run. The masked logits are equal bit for bit, in rows with "
         "NaN and infinities too; the new test compares them."
