@@ -329,9 +329,10 @@ def bench_decode_inputs(
     def make_args(number: int) -> Args:
         step = _step(case, number, device)
         starts = torch.from_numpy(step.query_start_loc)
-        step.outputs["query_start_loc"].copy_(starts)  # stock's, without its copies
+        # What stock has from its copies, and stock's post from what went before.
+        step.outputs["query_start_loc"].copy_(starts)
         if case.mode == "post":
-            _reference(case, step)
+            step.outputs["seq_lens"].copy_(step.computed[step.seats.tolist()] + 1)
         return step, _beside(step, device)
 
     def check(prepared: Any) -> None:
@@ -393,4 +394,5 @@ def _accounted(
     for row, seat in enumerate(step.seats.tolist()):
         token, end = int(step.tokens[row]), int(step.total[seat])
         assert int(history.tokens[seat, end - 1]) == token, "another token was added"
-        assert int(history.counts[seat, token]) >= calls, "a count is too small"
+        # Others, whose counts are elsewhere, have called with this set, too.
+        assert 0 < int(history.counts[seat, token]) <= calls, "a count is wrong"

@@ -62,7 +62,7 @@ def test_wrong_inputs_are_seen(name):
         (lambda step, history: step.total[3].add_(1), "total_len is another"),
         (lambda step, history: step.last[3].add_(1), "another last token"),
         (lambda step, history: history.tokens.zero_(), "another token was added"),
-        (lambda step, history: history.counts.zero_(), "a count is too small"),
+        (lambda step, history: history.counts.zero_(), "a count is wrong"),
     ],
 )
 def test_wrong_state_is_seen(spoil, said):
