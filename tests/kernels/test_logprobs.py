@@ -140,10 +140,19 @@ def test_rows_at_any_stride(device, fenced):
     check(storage[:1, :WIDTH].expand(3, WIDTH), [5] * 3, torch.arange(3), fenced)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 70])
+@pytest.mark.parametrize("rows", [0, 1, 255])
 def test_batches(rows, device, fenced):
-    logits = logits_of("normal", rows, 90).to(device)
-    check(logits, [2] * max(rows, 1), torch.arange(rows), fenced)
+    logits = logits_of("normal", rows, 40).to(device)
+    check(logits, [2] * max(rows, 1), torch.arange(rows) % 40, fenced)
+
+
+def test_rows_beyond_two_to_the_31(device, fenced):
+    """The memory between the rows is reserved, and only what is touched exists."""
+    stride = 2**30 + 24
+    storage = torch.empty(3 * stride, dtype=torch.bfloat16, device=device)
+    logits = storage.as_strided((3, 100), (stride, 1))
+    logits.copy_(logits_of("normal", 3, 100))
+    check(logits, [5] * 3, torch.arange(3), fenced)
 
 
 def test_rows_of_no_request_are_left_alone(device, fenced):

@@ -274,6 +274,28 @@ def test_rows_beyond_two_to_the_31(device, fenced):
     assert tokens.tolist() == reference(logits, WAYS[:3], fenced).tolist()
 
 
+def test_seats_beyond_two_to_the_31(device, fenced):
+    """Counts of many seats: the last one's are beyond 32 bits of offset."""
+    batch = [
+        Filtered(0.9, s, top_k=9, output=[s, 5], frequency_penalty=1.0)
+        for s in range(3)
+    ]
+    logits = logits_of("nearly flat", 1, 100).to(device)
+    logits[0, [2, 5]] += 2.0
+    seats = torch.tensor([2], dtype=torch.int32)
+    x, number, requests, *rest = arguments(logits, batch, seats=seats)
+    stride = 2**30 + 24
+    counts = torch.empty(3 * stride, dtype=torch.int32, device=device)
+    counts = counts.as_strided((3, 100), (stride, 1))
+    counts.copy_(requests.output_counts)
+    requests = dataclasses.replace(requests, output_counts=counts)
+    given = (x, number, requests, *rest)
+    scratch = scratch_for(*logits.shape, device)
+    tokens = module.sample_top_k_top_p(*given, fenced(1), scratch)
+    expected = module.sample_top_k_top_p_reference(*given, fenced(1))
+    assert tokens.tolist() == expected.tolist()
+
+
 def test_the_same_scratch_again(device, fenced, poisoned):
     """Counters are as they were, and nothing of the launch before is used."""
     scratch = scratch_for(len(WAYS), WIDTH, device)
