@@ -172,8 +172,8 @@ PLANTED: dict[str, tuple[Check, str, str]] = {
     "a round passes over tokens equal to the one that was refused": (
         *(
             rounds,
-            "bound = winner + 1\n    tl.store",
-            "bound = winner + 2**25\n    tl.store",
+            "bound = winner + 1\n    _give(",
+            "bound = winner + 2**25\n    _give(",
         ),
     ),
     "the first draw stands": (
