@@ -1,18 +1,18 @@
 """What a decode step needs before its forward pass and leaves after it, a launch each.
 
-Stock prepares a step in which every request has one token with seven launches and two
-copies of new block ids, and accounts for its tokens with three more; between them the
-host hands over addresses and numbers that are others in the next step. Here one launch
-prepares the inputs of the forward pass and one takes down what was sampled, so that
-both can be captured in a CUDA graph: how many requests there are, which ones, and which
-blocks they were given is read on the device, from one small tensor that the host fills
-with `pack` and copies before the graph is replayed. Nothing is allocated, and no
+Stock prepares a step in which every request has one token with eight launches and
+copies, with ten where a block was given, and accounts for its tokens with three more;
+the host hands over addresses and numbers that are others in the next step. Here one
+launch prepares the inputs of the forward pass and one takes down what was sampled, so
+that both can be captured in a CUDA graph: how many requests there are, which ones, and
+which blocks they were given is read on the device, from one small tensor that the host
+fills with `pack` and copies before the graph is replayed. Nothing is allocated, and no
 number of the host's that changes from step to step is an argument.
 
 A graph has as many rows as it was captured for. A row is real if it is one of the
 first ``rows`` of the step and has a seat; any other row is padding. Padding rows read
-nothing but the staging tensor: their length is 0, their slots are -1, their rows of
-the block tables are 0, and no state of any request is touched for them.
+the staging tensor and what the tables are like: their length is 0, their slots are -1,
+their rows of the block tables are 0, and no state of any request is touched for them.
 
 Staging, int32, for ``P`` rows and ``G`` groups of KV cache:
 
