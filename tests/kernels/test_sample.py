@@ -351,17 +351,19 @@ def test_what_was_drawn_counts_in_the_next_step(device, fenced):
 
 
 def test_a_bit_without_a_count_is_no_token(device, fenced):
-    batch = [Request(repetition_penalty=10.0), Request(1.0, 3, presence_penalty=-5.0)]
+    """Of the likeliest token, which a penalty would keep from being drawn."""
+    batch = [Request(repetition_penalty=10.0)] * 2
     requests = ours(module, batch, WIDTH, device)
-    requests.output_bits.fill_(-1)
     each = torch.arange(2, device=device)
     logits = logits_of("normal", 2, WIDTH, 8).to(device)
+    likeliest = logits.argmax(1)
+    requests.output_bits[each, likeliest // 32] = -1
     scratch = module.make_scratch(2, WIDTH, device, tile=TILE)
     number = torch.tensor([2], dtype=torch.int32, device=device)
-    given = (logits, number, requests, each, each, each)
-    tokens = module.sample(*given, fenced(2), scratch)
-    plain = module.sample_reference(*given, fenced(2))
-    assert tokens.tolist() == plain.tolist()
+    tokens = module.sample(
+        *(logits, number, requests, each, each, each, fenced(2), scratch)
+    )
+    assert tokens.tolist() == likeliest.tolist()
 
 
 def test_refuses_what_does_not_fit(device, fenced):
