@@ -104,8 +104,14 @@ class Check:
 
     def problems(self) -> list[str]:
         """What differs, a line each; after stock's step. Waits for the device."""
+        moved = self._graph.buffers.moved(self._graph.runner)
         with gpu_sync_allowed():
-            return [*self._wrong_inputs(), *self._wrong_tokens(), *self._wrong_state()]
+            return [
+                *(f"{name} is another tensor than the graphs'" for name in moved),
+                *self._wrong_inputs(),
+                *self._wrong_tokens(),
+                *self._wrong_state(),
+            ]
 
     # -- what is looked at -------------------------------------------------------------
 

@@ -120,6 +120,7 @@ class StepGraph:
         self.aside = np.full(runner.max_num_reqs, UNKNOWN, dtype=np.uint8)
         slots = range(len(self.buffers.ring))
         self._slots = [Slot(self, number) for number in slots]
+        self._head = _address_of_head(runner.model)
         self._turn = 0
         self.slot = self._slots[0]  # of the step that is being submitted
         self._prep: dict[int, Any] = {}
@@ -227,9 +228,17 @@ class StepGraph:
 
     @property
     def is_valid(self) -> bool:
-        """Whether vLLM still has the forward graphs that these belong to."""
+        """Whether vLLM still has what these graphs were captured around.
+
+        Its own forward graphs, and the head of the model where it was: stock computes
+        logits outside of graphs, so nothing else keeps a reload from moving it.
+        """
         manager = self.runner.cudagraph_manager
-        return manager is self.manager and bool(manager._graphs_captured)
+        return (
+            manager is self.manager
+            and bool(manager._graphs_captured)
+            and _address_of_head(self.runner.model) == self._head
+        )
 
     def plan(self, scheduled: SchedulerOutput) -> Plan | str:
         """See `eligibility.plan`."""
@@ -307,3 +316,9 @@ class StepGraph:
 
     def replay_sampler(self, plan: Plan) -> None:
         self._sampler[plan.padded, bool(plan.asks & FILTERS)].replay()
+
+
+def _address_of_head(model: Any) -> int | None:
+    """Where the weights of ``lm_head`` are, if the model has it at its top."""
+    weight = getattr(getattr(model, "lm_head", None), "weight", None)
+    return None if weight is None else int(weight.data_ptr())

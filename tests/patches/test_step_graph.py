@@ -167,7 +167,12 @@ def test_without_vllm_s_graphs_steps_are_stock_s(found):
     assert life["released"] == {"same": True, "on": False}
     assert life["another"]
     assert life["captured again"] == {"same": True, "on": True}
+    assert life["another head"] == {"same": True, "on": False}
     assert not life["another KV cache"]
+
+
+def test_a_tensor_that_was_replaced_is_named(found):
+    assert found["life"]["moved"] == ["total_len"]
 
 
 def test_a_profile_leaves_no_graphs(found):

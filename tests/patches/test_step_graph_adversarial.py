@@ -235,7 +235,7 @@ def test_graphs_of_another_kind_are_not_taken(modules, described):
     assert not found(**described)
 
 
-@pytest.mark.parametrize("gone", ["manager", "graphs", "seats"])
+@pytest.mark.parametrize("gone", ["manager", "graphs", "seats", "head"])
 def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gone):
     from vllm_ext.patches.step_graph import replacement
 
@@ -246,6 +246,9 @@ def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gon
     graph.plan = lambda scheduled: "a plan"
     runner.cudagraph_manager, runner.step_graph = manager, graph
     runner._seats = lambda: graph.seats
+    weight = SimpleNamespace(data_ptr=lambda: graph._head)
+    runner.model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
+    graph._head = 64
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(replacement, "step_aside", lambda *_: None)
         runner._plan(graph, None)
@@ -254,6 +257,8 @@ def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gon
             runner.cudagraph_manager = SimpleNamespace(_graphs_captured=True)
         elif gone == "graphs":
             manager._graphs_captured = False
+        elif gone == "head":
+            weight.data_ptr = lambda: 128
         else:
             runner._seats = lambda: "others"
         assert runner._plan(graph, None) is None

@@ -447,6 +447,15 @@ def life(llm: Any) -> dict[str, Any]:
     runner.capture_model()
     found["another"] = runner.step_graph is not first
     look("captured again")
+    head = runner.model.lm_head.weight
+    with mock.patch.object(type(head), "data_ptr", return_value=1):
+        look("another head")
+    runner.cudagraph_manager.release_graphs()
+    runner.capture_model()
+    total_len = runner.req_states.total_len
+    kept, total_len.gpu = total_len.gpu, total_len.gpu.clone()
+    found["moved"] = runner.step_graph.buffers.moved(runner)
+    total_len.gpu = kept
     runner.cudagraph_manager.release_graphs()
     runner.capture_model(profile_only=True)
     look("captured for a profile")
