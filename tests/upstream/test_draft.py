@@ -26,6 +26,8 @@ import triton.language as tl
 
 from vllm_ext.kernels.parts import part
 
+TILE = 2
+
 
 @triton.jit
 def _toy_kernel(x_ptr, BLOCK: tl.constexpr):
@@ -59,6 +61,8 @@ PARTS = '''\
 """A part of it."""
 
 import triton
+
+TILE = 1
 
 
 @triton.jit
@@ -164,6 +168,8 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
     assert toy.check() == []
     changed(toy.root / "kernels/parts.py", "x + 1", "x + 2")
     assert any("vllm.toy.parts:part is not" in line for line in toy.check())
+    changed(toy.stored, "+TILE = 2", "+TILE = 1")  # that of the other kernel
+    assert any("vllm.toy.kernel:TILE is not" in line for line in toy.check())
 
 
 def test_kernels_of_a_wrapper_follow_ours(toy: Toy):

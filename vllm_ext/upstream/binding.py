@@ -153,6 +153,7 @@ def bind(
     plugin = {f"{each.name}:{unit}": each for each in modules for unit in each.units}
     own = modules[0].own
     by = {edit.target: edit.by for edit in patch.edits if edit.how == "replace"}
+    moved = {theirs: ours for ours, theirs in declared.modules.items()}
 
     same: dict[str, str] = {}
     by_hand: list[str] = []
@@ -166,12 +167,14 @@ def bind(
             if says == before.says(unit):
                 continue
             target = f"{change.module}:{unit}"
-            names = {unit, unit.rpartition(".")[2]}
-            for place, module in plugin.items():
-                name = place.partition(":")[2]
-                if (place == by.get(target) or name in names) and says == module.says(
-                    name
-                ):
+            candidates = [by[target]] if target in by else []
+            if change.module in moved:
+                candidates.append(f"{moved[change.module]}:{unit}")
+            else:
+                names = (unit, unit.rpartition(".")[2])
+                candidates += [f"{it.name}:{name}" for it in modules for name in names]
+            for place in candidates:
+                if place in plugin and says == plugin[place].says(_unit(place)):
                     same[target] = place
             if target in same:
                 continue
@@ -193,7 +196,7 @@ def bind(
     ]
     compared_by_eye: dict[str, str] = {}
     for place, module in plugin.items():
-        name = place.partition(":")[2]
+        name = _unit(place)
         if place in same.values():
             continue
         if _top(place) in spoken:
@@ -209,8 +212,12 @@ def bind(
     return Binding(same, tuple(by_hand), stamps, tuple(problems))
 
 
+def _unit(place: str) -> str:
+    return place.partition(":")[2]
+
+
 def _top(place: str) -> str:
-    return place.partition(":")[2].partition(".")[0]
+    return _unit(place).partition(".")[0]
 
 
 def check(patch: Patch, at_hand: list[Source]) -> list[str]:
