@@ -21,6 +21,17 @@ UPSTREAM = Upstream(
             "The kernels here need no sort at any size, and draw as well.",
         ),
         Overlap(
+            "#33538",
+            "Merged: the Triton kernel that masks by top-k and top-p on the other path, "
+            "by searching pivots, one program per row. Here rows are split over "
+            "programs, nothing masked is written, and the token is drawn as well.",
+        ),
+        Overlap(
+            "#54651",
+            "Merged: splits rows for that kernel where a small batch has top-p alone. "
+            "The benchmark has to compare with it on main.",
+        ),
+        Overlap(
             "#29720",
             "Merged: penalties and temperature in one kernel, which this goes on from.",
         ),

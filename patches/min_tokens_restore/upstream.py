@@ -11,8 +11,8 @@ UPSTREAM = Upstream(
         ),
         Overlap(
             "#44800",
-            "The hunt for synchronizing operations in which VLLM_GPU_SYNC_CHECK came "
-            "to be. This is one more of its kind, on Model Runner V1.",
+            "Merged: VLLM_GPU_SYNC_CHECK, with which such waits are found. This takes "
+            "away four that are left on Model Runner V1.",
         ),
     ),
     searches=("min_tokens structured output sync", "_mask_stop_token_logits"),
