@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vllm_ext.patching.fingerprint import Source, read_known
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [patch.name for patch in SERIES]
+ON = [patch.name for patch in SERIES if patch.default]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,8 @@ def test_doctor_says_that_all_is_well(capsys):
     lines = out.splitlines()
     assert lines[0].startswith("vllm 0.32.0")
     for name in NAMES:
-        assert any(line.split()[:2] == [name, "fits"] for line in lines)
+        state = "fits" if name in ON else "off"
+        assert any(line.split()[:2] == [name, state] for line in lines)
 
 
 def test_doctor_and_pin_need_neither_torch_nor_vllm(wheel, tmp_path):
@@ -118,6 +121,10 @@ def test_doctor_lets_another_plugin_beside_us(capsys, monkeypatch):
     assert run(capsys, "doctor")[0] == 0
 
 
+CHANGED = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
+WATCHING = [patch.name for patch in SERIES if CHANGED in patch.watched]
+
+
 def changed_vllm(folder: Path, wheel: Path) -> Path:
     """A folder with the files that patches watch, one function of them changed."""
     source = Source(wheel)
@@ -137,20 +144,19 @@ def changed_vllm(folder: Path, wheel: Path) -> Path:
 
 def test_doctor_shows_what_changed(capsys, tmp_path, wheel):
     tree = changed_vllm(tmp_path, wheel)
-    target = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
     status, found = run_json(capsys, "doctor", "--vllm", tree)
     assert status == 1
     verdicts = {each["name"]: each for each in found["patches"]}
     assert verdicts["clean_sampler_writes"]["verdict"] == "SKIPPED"
-    assert verdicts["clean_sampler_writes"]["changed"] == [target]
+    assert verdicts["clean_sampler_writes"]["changed"] == [CHANGED]
     assert verdicts["min_tokens_restore"]["verdict"] == "fits"
     assert len(found["attention"]) == 1
 
     status, out, _ = run(capsys, "doctor", "--vllm", tree, "--against", wheel)
     assert status == 1
-    assert f"--- 0.33.0/{target}\n+++ 0.34.0/{target}" in out
+    assert f"--- 0.33.0/{CHANGED}\n+++ 0.34.0/{CHANGED}" in out
     assert "+        assert True\n" in out
-    assert out.count("\n+++ ") == 1
+    assert out.count("\n+++ ") == len(WATCHING)
 
 
 def test_the_report_says_that_this_vllm_is_modified(capsys):
@@ -253,14 +259,13 @@ def test_pin_refuses_a_changed_target_until_it_is_accepted(
     tree = changed_vllm(tmp_path / "new", wheel)
     status, out, _ = run(capsys, "pin", "--vllm", tree)
     assert status == 1
-    assert "clean_sampler_writes is not recorded" in out
-    target = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
-    assert "0.34.0" not in read_known(record)[target]
-    status, _, _ = run(
-        capsys, "pin", "--vllm", tree, "--accept", "clean_sampler_writes"
-    )
+    refused = re.findall(r"^(\w+) is not recorded", out, re.MULTILINE)
+    assert "clean_sampler_writes" in refused
+    assert "0.34.0" not in read_known(record)[CHANGED]
+    accepted = [word for name in refused for word in ("--accept", name)]
+    status, _, _ = run(capsys, "pin", "--vllm", tree, *accepted)
     assert status == 0
-    assert "0.34.0" in read_known(record)[target]
+    assert "0.34.0" in read_known(record)[CHANGED]
 
 
 def test_pin_refuses_a_name_it_does_not_know(capsys, record):
@@ -293,7 +298,7 @@ def fails_with(*names: str) -> list[str]:
 
 
 def test_bisect_names_the_culprit(capsys):
-    culprit = NAMES[2]
+    culprit = ON[2]
     status, out, err = run(capsys, "bisect", "--", *fails_with(culprit))
     assert status == 1
     assert out.startswith(f"{culprit} makes it fail")
@@ -302,34 +307,34 @@ def test_bisect_names_the_culprit(capsys):
 
 
 def test_bisect_names_two_that_fail_together(capsys):
-    pair = [NAMES[0], NAMES[-1]]
+    pair = [ON[0], ON[-1]]
     status, out, _ = run(capsys, "bisect", "--json", "--", *fails_with(*pair))
     assert status == 1
     assert json.loads(out)["culprits"] == pair
 
 
 def test_bisect_keeps_to_the_patches_that_were_asked_for(capsys, monkeypatch):
-    monkeypatch.setenv("VEXT_PATCHES", ",".join(NAMES[:3]))
-    _, out, _ = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
-    assert f"VEXT_PATCHES={NAMES[0]},{NAMES[2]} avoids it" in out
-    monkeypatch.setenv("VEXT_PATCHES", NAMES[0])
-    assert "VEXT=0 avoids it" in run(capsys, "bisect", "--", *fails_with(NAMES[0]))[1]
-    for value, part in (("typo", "unknown patches: typo"), (f"-{NAMES[0]},", "")):
+    monkeypatch.setenv("VEXT_PATCHES", ",".join(ON[:3]))
+    _, out, _ = run(capsys, "bisect", "--", *fails_with(ON[1]))
+    assert f"VEXT_PATCHES={ON[0]},{ON[2]} avoids it" in out
+    monkeypatch.setenv("VEXT_PATCHES", ON[0])
+    assert "VEXT=0 avoids it" in run(capsys, "bisect", "--", *fails_with(ON[0]))[1]
+    for value, part in (("typo", "unknown patches: typo"), (f"-{ON[0]},", "")):
         monkeypatch.setenv("VEXT_PATCHES", value)
-        status, _, err = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
+        status, _, err = run(capsys, "bisect", "--", *fails_with(ON[1]))
         assert status == 1
         assert part in err
-    monkeypatch.setenv("VEXT_PATCHES", ",".join(f"-{name}" for name in NAMES))
-    status, _, err = run(capsys, "bisect", "--", *fails_with(NAMES[1]))
+    monkeypatch.setenv("VEXT_PATCHES", ",".join(f"-{name}" for name in ON))
+    status, _, err = run(capsys, "bisect", "--", *fails_with(ON[1]))
     assert "no patch is on" in err
 
 
 def test_bisect_prints_json_and_nothing_else(capfd):
-    noisy = fails_with(NAMES[0])
+    noisy = fails_with(ON[0])
     noisy[-1] = f"print('noise');{noisy[-1]}"
     main(["bisect", "--json", "--", *noisy])
     out, err = capfd.readouterr()
-    assert json.loads(out)["culprits"] == [NAMES[0]]
+    assert json.loads(out)["culprits"] == [ON[0]]
     assert "noise" in err
 
 
@@ -340,7 +345,7 @@ def test_bisect_leaves_no_process_behind(capsys, tmp_path):
         "import os, subprocess, time;"
         "child = subprocess.Popen(['sleep', '600']);"
         f"open({str(mark)!r}, 'w').write(str(child.pid));"
-        f"time.sleep(60 * ({NAMES[0]!r} in os.environ.get('VEXT_PATCHES', '')))"
+        f"time.sleep(60 * ({ON[0]!r} in os.environ.get('VEXT_PATCHES', '')))"
     )
     command = [sys.executable, "-S", "-c", code]
     run(capsys, "bisect", "--timeout", "2", "--", *command)
@@ -381,12 +386,12 @@ def test_bisect_says_when_it_is_not_us(capsys):
 def test_bisect_takes_a_hanging_run_for_a_failure(capsys):
     code = (
         "import os, time;"
-        f"time.sleep(60 * ({NAMES[0]!r} in os.environ.get('VEXT_PATCHES', '')))"
+        f"time.sleep(60 * ({ON[0]!r} in os.environ.get('VEXT_PATCHES', '')))"
     )
     hangs = [sys.executable, "-S", "-c", code]
     status, out, _ = run(capsys, "bisect", "--timeout", "1", "--", *hangs)
     assert status == 1
-    assert out.startswith(NAMES[0])
+    assert out.startswith(ON[0])
 
 
 # -- all -------------------------------------------------------------------------------
