@@ -170,6 +170,7 @@ class Outputs:
             return self.last.long()
         assert self._counts is not None
         most = max(map(len, new))
+        table: np.ndarray[Any, Any]
         table = np.full((len(new), most + 1), padding, dtype=np.int64)
         for row, tokens in zip(table, new, strict=True):
             row[: len(tokens)] = tokens
@@ -209,6 +210,7 @@ class Outputs:
             return
         assert self.last is not None
         most = max(map(len, hanging.values()))
+        table: np.ndarray[Any, Any]
         table = np.full((len(hanging), 3 + most), UNKNOWN, dtype=np.int64)
         for line, ((row, forbidden), after) in zip(table, hanging.items(), strict=True):
             line[:3] = row, forbidden, self.sources[row]

@@ -77,7 +77,7 @@ def record(patches: list[str], modes: list[str]) -> dict[str, Any]:
         folder = stack.enter_context(TemporaryDirectory(prefix="vllm-ext-"))
         model = write_model(folder, VOCABULARY, layers=1, tokenizer=True, weights=True)
         llm = stack.enter_context(engine.booted(device, model=str(model)))
-        found = {"stock": _all_recorded(llm, device, modes)}
+        found: dict[str, Any] = {"stock": _all_recorded(llm, device, modes)}
         with all_applied(patches) as outcomes:
             found["patched"] = _all_recorded(llm, device, modes)
         found["calls"] = {
@@ -200,10 +200,10 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 def _size(tensor: torch.Tensor) -> int:
     """Bytes; what is repeated by a stride of 0 counts once."""
-    number = 1
+    number: int = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         number *= length if stride else min(length, 1)
-    return number * tensor.element_size()
+    return number
 
 
 @contextmanager
