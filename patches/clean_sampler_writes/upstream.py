@@ -8,9 +8,9 @@ UPSTREAM = Upstream(
     overlaps=(
         Overlap(
             "#55819",
-            "Merged: UVA buffers for the contents of staged writes to host tables. That "
-            "makes a write cheaper; this makes none where nothing was staged. They "
-            "touch different files.",
+            "Merged: UVA buffers for the contents of staged writes to host tables. "
+            "That makes a write cheaper; this makes none where nothing was staged. "
+            "They touch different files.",
         ),
         Overlap(
             "#56497",

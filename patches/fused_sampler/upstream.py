@@ -22,8 +22,8 @@ UPSTREAM = Upstream(
         ),
         Overlap(
             "#33538",
-            "Merged: the Triton kernel that masks by top-k and top-p on the other path, "
-            "by searching pivots, one program per row. Here rows are split over "
+            "Merged: the Triton kernel that masks by top-k and top-p on the other "
+            "path, by searching pivots, one program per row. Here rows are split over "
             "programs, nothing masked is written, and the token is drawn as well.",
         ),
         Overlap(
@@ -67,9 +67,9 @@ UPSTREAM = Upstream(
           of 1,152 entries per request, and scratch for max_num_reqs rows.
         - The kernels are compiled at the first call, that of the memory profile, rather
           than through VllmJitKernel.
-        - Sleep mode, level 2, empties the memory that models are loaded into, and with it
-          what Sampler.__init__ allocates. Seats hold constants there; with that mode they
-          have to be made later, at the first call, as the plugin does.
+        - Sleep mode, level 2, empties the memory that models are loaded into, and with
+          it what Sampler.__init__ allocates. Seats hold constants there; with that mode
+          they have to be made later, at the first call.
         - ROCm and XPU have not been tried.
         - Model Runner V1 is not touched.
     """,

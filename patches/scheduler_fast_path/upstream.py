@@ -47,8 +47,8 @@ UPSTREAM = Upstream(
           for which a step is not steady. The new test draws random traffic to notice.
         - A step in which requests come and go pays for looking. Below 16 running
           requests it is given up at once.
-        - A decorated method is called with less than there is: while schedule() does what
-          has no rows, `running` is an empty list.
+        - A decorated method is called with less than there is: while schedule() does
+          what has no rows, `running` is an empty list.
         - Over 500 lines: this needs an RFC issue, and a reason why the two loops should
           not rather be made cheaper one by one.
         - Speculative decoding, connectors, pipeline parallelism, hybrid KV caches and
