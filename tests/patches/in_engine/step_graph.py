@@ -452,6 +452,21 @@ def life(llm: Any) -> dict[str, Any]:
         look("another head")
     runner.cudagraph_manager.release_graphs()
     runner.capture_model()
+    # A backend that makes its metadata anew in each step, as FlashAttention 3 does.
+    lengths = torch.zeros_like(runner.input_buffers.seq_lens)
+    [[group]] = runner.attn_groups
+    runner.cudagraph_manager.release_graphs()
+
+    def make(metadata: Any) -> None:
+        lengths.copy_(runner.input_buffers.seq_lens)
+
+    builder = group.get_metadata_builder()
+    with mock.patch.object(builder, "update_draft_decode_metadata", make):
+        runner.capture_model()
+    look("with metadata")
+    now = runner.input_buffers.seq_lens
+    found["metadata"] = [lengths.cpu().tolist(), now.cpu().tolist()]
+
     total_len = runner.req_states.total_len
     kept, total_len.gpu = total_len.gpu, total_len.gpu.clone()
     found["moved"] = runner.step_graph.buffers.moved(runner)
