@@ -123,6 +123,7 @@ def test_doctor_lets_another_plugin_beside_us(capsys, monkeypatch):
 
 CHANGED = "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_staged_writes"
 WATCHING = [patch.name for patch in SERIES if CHANGED in patch.watched]
+CLASS = CHANGED.rpartition(".")[0]
 
 
 def changed_vllm(folder: Path, wheel: Path) -> Path:
