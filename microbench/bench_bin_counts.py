@@ -102,7 +102,7 @@ def bench_bin_counts(measure: Callable[..., None], case: Case, provider: str) ->
         set_bytes=4 * case.batch * _lengths(case)[1],
         # Tokens are read, counts and bits are cleared.
         moved_bytes=4 * case.batch * _lengths(case)[1] + planes,
-        check_replay=lambda args, found: right(case, *args, found),
+        check_replay=lambda args, found: right(case, args[0], found),
     )
 
 
