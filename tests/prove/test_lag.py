@@ -103,5 +103,6 @@ def test_patches_are_judged_though_stock_fails_on_a_device_that_lags(monkeypatch
 @pytest.mark.vllm
 def test_the_patches_do_not_mind_the_lag():
     verdicts = lag.verdicts(lambda text: None)
-    assert [each.subject for each in verdicts] == V2_PATCHES
+    # The last is for V1; V2 passes its wrapper with tensors that are on the host.
+    assert {each.subject for each in verdicts} == {*V2_PATCHES, "v1_copy_back"}
     assert {each.outcome for each in verdicts} == {"proven on CPU"}
