@@ -72,6 +72,7 @@ def test_a_form_that_says_what_runs_is_well(spliced: Toy):
         ("def sample(", "@th.no_grad()\ndef sample("),
         ("dim=-1", "dim=True"),
         ("dim=-1", "dim=None"),
+        ("    tell(", "    kind: str = '1'\n    tell("),
     ],
 )
 def test_a_change_of_our_code_is_noticed(spliced: Toy, before: str, after: str):
@@ -105,6 +106,7 @@ def test_a_change_of_the_form_is_noticed(spliced: Toy, before: str, after: str):
         ("    tell(", "    # why\n    tell("),
         ("import torch as th", "import torch as th  # why"),
         ("self: Sampler", "self"),
+        ("    tell(", "    kind: str\n    tell("),
     ],
 )
 def test_what_says_the_same_is_the_same(spliced: Toy, before: str, after: str):

@@ -1,9 +1,9 @@
 """Python code as what it says: compared by syntax tree, names by what they stand for.
 
 Two definitions say the same if their syntax trees are equal once docstrings are gone,
-an imported name is written as the place where it is defined, and ``self`` has no
-annotation. A name that is defined in the code under comparison itself, ours or what a
-patch touches, stands for itself: its definition is compared too.
+an imported name is written as the place where it is defined, and neither ``self`` nor
+a local variable has a type. A name that is defined in the code under comparison
+itself, ours or what a patch touches, stands for itself: its definition is compared too.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ class _Plain(ast.NodeTransformer):
         self.module = module
         self.local: set[str] = set()
         self.depth = 0
+        self.in_function = False
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return self._function(node)
@@ -200,10 +201,10 @@ class _Plain(ast.NodeTransformer):
             for part in ast.walk(node)
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
         }
-        before = self.local
-        self.local = before | inside
+        before = self.local, self.in_function
+        self.local, self.in_function = before[0] | inside, True
         made = self._definition(node)
-        self.local = before
+        self.local, self.in_function = before
         return made
 
     def _definition(self, node: Definition) -> ast.AST:
@@ -219,6 +220,13 @@ class _Plain(ast.NodeTransformer):
         made = self.generic_visit(node)
         self.depth -= 1
         return made
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if not self.in_function:
+            return self.generic_visit(node)
+        if node.value is None:  # the type of a local variable, and nothing else
+            return None
+        return self.visit(ast.Assign([node.target], node.value))
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         dotted = _dotted(node)
