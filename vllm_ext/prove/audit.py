@@ -41,7 +41,6 @@ raises where a step waits, which `make gpu` sets.
 """
 COMMAND = "vllm-ext prove syncs --write docs/audit-syncs.md"
 BOTH_CORES = 2
-HERE = Path(__file__).parents[2]  # of our own files
 ON_RECORD = Path(__file__).with_name("waits.json")
 TIMEOUT = 600  # seconds; an engine needs a tenth of that on a quiet machine
 
@@ -580,7 +579,7 @@ def _times(waits: Sequence[dict[str, Any]]) -> int:
 
 
 def _place(wait: dict[str, Any]) -> str:
-    name = wait["file"].removeprefix(f"{HERE}/").removeprefix("vllm/")
+    name = wait["file"].removeprefix("vllm/")
     return f"{name}:{wait['line']} `{wait['function']}`"
 
 

@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -52,6 +53,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = "pretend"
 POISON = 0xFF  # as float NaN, as integer -1
 EVENT_WAIT = "Event.synchronize"
+HERE = Path(__file__).parents[2]
 HOST = torch.device("cpu")
 
 Kind = Literal["launch", "triton", "graph", "h2d", "d2h", "sync"]
@@ -98,8 +100,8 @@ class Where:
 
     @property
     def path(self) -> str:
-        """The file, from the folder on in which packages are installed."""
-        return self.file.rpartition("site-packages/")[2]
+        """The file, from the folder on in which packages are installed, or ours lie."""
+        return self.file.rpartition("site-packages/")[2].removeprefix(f"{HERE}/")
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} in {self.function}"
