@@ -67,12 +67,12 @@ def test_over_many_steps(found):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_five_submissions_and_no_allocation(found, case):
+def test_a_step_is_five_submissions_no_allocation_and_no_wait(found, case):
     """Six if stock has drawn tokens of requests with penalties before."""
     submissions = dict(found[case]["submissions"])
     assert submissions.pop(FIVE) > 30
     assert set(submissions) <= {f"{FIVE} triton:1"}
-    assert found[case]["allocations"] == 0
+    assert found[case]["allocations"] == found[case]["waits"] == 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -57,11 +57,12 @@ class Watch:
         allocations: In steps by graphs, on the device or pinned.
         submissions: Of steps by graphs: how often each set of them was seen.
         canaries: Cells of seats that were not in a step by graphs and changed.
+        waits: Of the host for the device, in steps by graphs.
     """
 
     def __init__(self, runner: Any, device: PretendDevice, canaries: bool) -> None:
         self.eligible = self.checked = self.others = self.preempted = 0
-        self.allocations = self.canaries = 0
+        self.allocations = self.canaries = self.waits = 0
         self.submissions: Counter[str] = Counter()
         self._runner, self._canaries = runner, canaries
         self._ours = False
@@ -82,7 +83,7 @@ class Watch:
         pretend.pin = count(pin)
 
     def _saw(self, operation: Any) -> None:
-        self._kinds[operation.kind] += 1
+        self._kinds["wait" if operation.wait else operation.kind] += 1
 
     def execute(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._runner
@@ -110,7 +111,7 @@ class Watch:
         result = self._sample(grammar)
         if self._ours:
             kinds = self._kinds
-            kinds.pop("sync", None)
+            self.waits += kinds.pop("wait", 0)
             self.submissions[" ".join(f"{k}:{kinds[k]}" for k in sorted(kinds))] += 1
             if self._before is not None:
                 self.canaries += self._changed()
