@@ -109,14 +109,15 @@ def sample_in_one_launch(original: Callable[..., Any]) -> Callable[..., Any]:
         if seats.refused is not None:
             _leave(seats.refused, input_batch)
             return original(self, logits, input_batch)
-        if not seats.warmed:
+        unfit = _unfit(seats, logits)
+        if unfit is None and not seats.warmed:
             # The first call is that of vLLM's memory profile; later ones find both
             # our kernels and stock's compiled.
             seats.warm(logits)
             seats.drawn_elsewhere(input_batch.idx_mapping_np)
             return original(self, logits, input_batch)
         asks = seats.asks_of(input_batch.idx_mapping_np)
-        reason = seats.reason(asks) or _reason(self, seats, logits, input_batch, asks)
+        reason = unfit or seats.reason(asks) or _reason(self, logits, input_batch, asks)
         if reason is not None:
             _leave(reason, input_batch)
             seats.drawn_elsewhere(input_batch.idx_mapping_np)
@@ -150,20 +151,21 @@ def _leave(reason: str, batch: InputBatch) -> None:
         step_aside(NAME, reason)
 
 
-def _reason(
-    sampler: Sampler,
-    seats: Seats,
-    logits: torch.Tensor,
-    batch: InputBatch,
-    asks: int,
-) -> str | None:
-    """Why these logits are stock's, if they are."""
-    if logits.shape[0] != batch.num_reqs or batch.num_draft_tokens > 0:
-        return "several logits of a request"
+def _unfit(seats: Seats, logits: torch.Tensor) -> str | None:
+    """Why no kernel of ours can read these logits, if so."""
     if logits.shape[1] != seats.vocab_size:
         return "logits of another vocabulary"
     if logits.dtype not in DTYPES or logits.stride(1) != 1:
         return "logits of another type"
+    return None
+
+
+def _reason(
+    sampler: Sampler, logits: torch.Tensor, batch: InputBatch, asks: int
+) -> str | None:
+    """Why this batch is stock's, if it is."""
+    if logits.shape[0] != batch.num_reqs or batch.num_draft_tokens > 0:
+        return "several logits of a request"
     if (
         asks & PROCESSED
         and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES

@@ -109,6 +109,12 @@ def test_seats_are_made_at_the_first_call_at_the_latest(mixed):
     assert mixed["made"] == [True, True]
 
 
+def test_logits_that_do_not_fit_are_left_to_stock(mixed):
+    """Already in the memory profile, where an error would end the engine."""
+    vocabulary, type_ = "logits of another vocabulary", "logits of another type"
+    assert mixed["unfit"] == [type_] * 2 + [vocabulary] * 4
+
+
 def test_each_planted_bug_is_found(mixed):
     stock = mixed["revealing"]["stock"]["answers"]
     assert len(mixed["planted"]) == 10

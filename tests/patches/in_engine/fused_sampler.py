@@ -15,6 +15,8 @@ import torch
 import workload
 from same_tokens import count_preemptions
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from vllm_ext import gpupath
 from vllm_ext.patches import SERIES
@@ -184,6 +186,26 @@ class Engine:
             seats = state.seats_of(runner.sampler)
             return [before is None, seats is not None and seats.warmed]
 
+    def of_logits_that_do_not_fit(self) -> list[str]:
+        """Why samplers leave such logits to stock, from the first call on."""
+        runner = workload.model_runner(self.llm)
+        states, rows = runner.req_states, 3
+        vocabulary = states.vocab_size
+        batch = InputBatch.make_dummy(rows, rows, runner.input_buffers)
+        config, device = self.llm.llm_engine.vllm_config, states.device
+        with all_applied([NAME]) as outcomes:
+            for logits in (
+                torch.zeros(rows, vocabulary + 64),
+                torch.zeros(rows, vocabulary - 64),
+                torch.zeros(rows, vocabulary, dtype=torch.float64),
+            ):
+                logits[:, 7] = 1.0
+                sampler = Sampler(config, rows, vocabulary, device, states)
+                for _ in range(2):
+                    tokens = sampler(logits, batch).sampled_token_ids
+                    assert tokens.tolist() == [[7]] * rows
+            return sorted(outcomes[0].aside.elements())
+
     def run(
         self, wanted: list[workload.Request], patches: list[str] | None = None
     ) -> dict[str, Any]:
@@ -315,6 +337,7 @@ def main() -> None:
         }
         found["revealing"]["preempted"] = len(preempted)
         found["made"] = engine.made_at_the_first_call()
+        found["unfit"] = engine.of_logits_that_do_not_fit()
         found["planted"] = {}
         for bug, plant in planted().items():
             with plant:
