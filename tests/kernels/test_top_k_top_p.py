@@ -108,6 +108,20 @@ def test_draws_what_stock_draws(kind, device, fenced, stock, stock_mask):
     assert run(logits, batch, fenced).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "one stands out"])
+def test_keeps_what_stock_keeps_in_split_rows(kind, device, stock_mask):
+    """Its other kernels: those for top-p without top-k in up to 64 rows on CUDA."""
+    split = importlib.import_module(stock_mask.__module__)._apply_topp_split
+    p = torch.tensor([0.1, 0.5, 0.8, 0.95], device=device)
+    logits = logits_of(kind, len(p), WIDTH, 9).to(device)
+    masked = logits.clone()
+    split(masked, None, p, float("-inf"), 132)
+    ours = module.mask_top_k_top_p_reference(logits, None, p)
+    shown = [row for row, x in enumerate(logits) if not undecided(x, WIDTH, p[row])]
+    assert len(shown) > 2
+    assert torch.equal(masked[shown], ours[shown])
+
+
 MASKED = ["normal", "ties", "all equal", "infinite", "denormal", "all masked"]
 
 
