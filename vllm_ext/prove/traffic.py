@@ -55,7 +55,9 @@ and how many bytes that moves, in units of one read of a row's logits (bfloat16,
 ran on a GPU, and no time is meant. The groups that are read again for top-k are as
 large in any vocabulary, so they weigh more in a small one: with 32,000 tokens, counted
 in the same way, one row with top-k takes 1.20 reads and Qwen2.5's default 1.35, above
-the limit; with 128,256 tokens it is 1.07 and 1.21.
+the limit; with 128,256 tokens it is 1.07 and 1.21. Stock's top-p is counted as it runs
+for more than 64 rows; for fewer it takes seven launches on CUDA, instead of
+`_topk_topp_kernel` or, with top-k in the batch, after it.
 """
 
 Say = Callable[[str], None]
