@@ -63,6 +63,11 @@ PATCH = Patch(
         f"{_OPS}.topk_topp_sampler:apply_top_k_top_p",
         f"{_OPS}.topk_topp_triton:apply_top_k_top_p_triton",
         f"{_OPS}.topk_topp_triton:_topk_topp_kernel",
+        f"{_OPS}.topk_topp_triton:_apply_topp_split",
+        f"{_OPS}.topk_topp_triton:_topp_sb_stats_kernel",
+        f"{_OPS}.topk_topp_triton:_topp_sb_combine",
+        f"{_OPS}.topk_topp_triton:_topp_sb_step_kernel",
+        f"{_OPS}.topk_topp_triton:_topp_sb_mask_kernel",
         # Its noise, which is stated again in our kernels.
         f"{_SAMPLE}.gumbel:_temperature_kernel",
         f"{_SAMPLE}.gumbel:_murmur3_rotl32",
