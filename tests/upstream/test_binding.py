@@ -38,6 +38,15 @@ class""",
 )
 
 
+MORE = """\
+--- a/vllm/toy/words.py
++++ b/vllm/toy/words.py
+@@ -3 +3 @@
+-WORD = "stock"
++WORD = "other"
+"""
+
+
 @pytest.fixture
 def spliced(toy: Toy) -> Toy:
     toy.declares()
@@ -267,6 +276,11 @@ def test_a_new_file_needs_its_licence(spliced: Toy):
         ("diff --git", "diff", "holds no `diff --git`"),
         ("Subject", "Object", "has no Subject"),
         ("a/vllm/toy/sampler.py", "a/vllm/toy/other.py", "paths differ"),
+        ("new file mode 100644", "new file mode 100755", "is not handled"),
+        ("--- a/v", "old mode 100644\nnew mode 100755\n--- a/v", "is not handled"),
+        ("tests/toy/test_sampler.py", "setup.py", "neither Python of vllm/"),
+        ("tests/toy/test_sampler.py", "vllm/toy/words.json", "neither Python of"),
+        ("-- \nvllm-ext\n", f"-- \n\n{MORE}", "goes on below what ends it"),
     ],
 )
 def test_a_form_that_is_broken_gets_a_line(
@@ -276,6 +290,12 @@ def test_a_form_that_is_broken_gets_a_line(
     lines = spliced.check()
     assert any(why in line for line in lines), lines
     assert all("\n" not in line for line in lines)
+
+
+def test_a_line_ends_where_git_ends_it(spliced: Toy):
+    changed(spliced.stored, '+"""Toy."""', '+"""Toy\x0c \u2028."""')
+    assert spliced.check() == []
+    assert len(mail.read(spliced.stored).files[0].added) == TEST.count("\n")
 
 
 def test_lines_that_moved_are_another_version(spliced: Toy):

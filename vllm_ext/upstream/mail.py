@@ -17,6 +17,9 @@ AUTHOR = "Your Name <your.email@example.com>"
 STAMPS = "Finished by hand; `vllm-ext export --stamp` says that somebody compared both."
 _STAMP = re.compile(r"^Stamp: (\S+ \S+) ([0-9a-f]{12})$")
 _HUNK = re.compile(r"^@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
+_MODES = re.compile(r"^(old mode|new mode|new file mode (?!100644$))", re.MULTILINE)
+# What a form may be about: an edit of anything else would be compared with nothing.
+_PLACE = re.compile(r"^(vllm/.*\.py|tests/.*|benchmarks/.*)$")
 _GIT = re.compile(r"^diff --git a/(\S+) b/(\S+)$")
 
 
@@ -48,14 +51,16 @@ class FileDiff:
     @property
     def added(self) -> list[str]:
         """The lines that it adds."""
-        body = self.text.partition("\n@@")[2].splitlines()[1:]
-        return [line[1:] for line in body if line.startswith("+")]
+        return [line[1:] for line in self._body if line.startswith("+")]
 
     @property
     def removed(self) -> list[str]:
         """The lines that it removes."""
-        body = self.text.partition("\n@@")[2].splitlines()[1:]
-        return [line[1:] for line in body if line.startswith("-")]
+        return [line[1:] for line in self._body if line.startswith("-")]
+
+    @property
+    def _body(self) -> list[str]:
+        return self.text.partition("\n@@")[2].split("\n")[1:]
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ def files(text: str) -> tuple[FileDiff, ...]:
     Raises:
         BadPatchError: It is not what git says.
     """
-    lines = text.splitlines(keepends=True)
+    # Not splitlines(): it ends a line at a form feed, too, and git does not.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     found: list[FileDiff] = []
     at = 0
     while at < len(lines) and lines[at].startswith("diff --git "):
@@ -156,8 +162,14 @@ def files(text: str) -> tuple[FileDiff, ...]:
             raise BadPatchError(f"`{lines[at].strip()}`: paths differ or hold a space")
         if ".." in Path(names[1]).parts or names[1].startswith("/"):
             raise BadPatchError(f"{names[1]} lies outside the tree")
+        if not _PLACE.match(names[1]):
+            raise BadPatchError(
+                f"{names[1]} is neither Python of vllm/, nor in tests/ or benchmarks/"
+            )
         at += 1
         while at < len(lines) and not lines[at].startswith(("@@ ", "diff --git ")):
+            if _MODES.match(lines[at]):
+                raise BadPatchError(f"{names[1]}: `{lines[at].strip()}` is not handled")
             if lines[at].startswith(("rename ", "copy ", "GIT binary", "deleted ")):
                 raise BadPatchError(f"{names[1]}: `{lines[at].strip()}` is not handled")
             at += 1
@@ -168,6 +180,9 @@ def files(text: str) -> tuple[FileDiff, ...]:
         found.append(FileDiff(names[1], "".join(lines[begin:at])))
     if at < len(lines) and lines[at].rstrip("\n") not in ("-- ", ""):
         raise BadPatchError(f"a hunk of {found[-1].path} ends where it should not")
+    # Below the signature git goes on looking for diffs, and would apply them.
+    if any(line.startswith(("diff ", "--- ", "@@ ")) for line in lines[at:]):
+        raise BadPatchError(f"goes on below what ends it, after {found[-1].path}")
     return tuple(found)
 
 
