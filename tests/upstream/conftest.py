@@ -218,6 +218,6 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     )
     made = Toy(tmp_path, replace(patch))
     monkeypatch.setattr(forms, "PATCHES", tmp_path / "patches")
-    for module in (export, status):
+    for module in (binding, export, status):
         monkeypatch.setattr(module, "SERIES", (made.patch,))
     return made

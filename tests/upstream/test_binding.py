@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-from upstream.conftest import STOCK, TEST, WORDS, WRAPPED, Toy, changed
+from dataclasses import replace
+from textwrap import dedent
 
-from vllm_ext.upstream import binding, draft, mail
+import pytest
+from upstream.conftest import STOCK, TEST, WORDS, WRAPPED, Toy, changed, diff
+
+from vllm_ext.patching.declare import Edit
+from vllm_ext.upstream import binding, draft, mail, pullrequest
 from vllm_ext.upstream.forms import Changed
-from vllm_ext.upstream.mail import BadPatchError
+from vllm_ext.upstream.mail import BadPatchError, FileDiff, Mail
 
 # `sample` of the toy's replacement, as a method of stock's sampler.
 SPLICED = (
@@ -45,6 +49,13 @@ MORE = """\
 -WORD = "stock"
 +WORD = "other"
 """
+
+
+# Another patch's method, which calls what the toy's form adds.
+FLUSHED = SPLICED.replace(
+    "        for _ in range(self.size):\n            say(WORD)\n",
+    "        say(str(_smallest(torch.zeros(self.size))))\n",
+)
 
 
 @pytest.fixture
@@ -318,6 +329,63 @@ def test_a_form_without_its_vllm_or_its_prose_gets_a_line(spliced: Toy):
     assert "SyntaxError" in spliced.check()[0]
     (spliced.folder / "upstream.py").unlink()
     assert "is missing" in spliced.check()[0]
+
+
+@pytest.fixture
+def on_top(spliced: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """A patch whose form is written on top of the toy's."""
+    edit = Edit("vllm.toy.sampler:Sampler.flush", "vllm_ext.patches.more.replacement:f")
+    patch = replace(spliced.patch, name="more", edits=(edit,))
+    monkeypatch.setattr(binding, "SERIES", (spliced.patch, patch))
+    folder = spliced.root / "patches" / "more"
+    folder.mkdir()
+    (folder / "replacement.py").write_text(
+        dedent("""\
+        import torch
+
+        from vllm.toy.words import say
+        from vllm_ext.patches.toy.replacement import _smallest
+
+
+        def f(self) -> None:
+            say(str(_smallest(torch.zeros(self.size))))
+        """)
+    )
+    path = "vllm/toy/sampler.py"
+    text = diff(path, SPLICED, FLUSHED)
+    form = Mail(patch.summary, "Do more.", (FileDiff(path, text),), {})
+    (folder / "v0.33.0.patch").write_text(form.text())
+    text = (spliced.folder / "upstream.py").read_text()
+    needs = text[: text.rindex(")")] + "    needs=('toy',),\n)\n"
+    (folder / "upstream.py").write_text(needs)
+    return Toy(spliced.root, patch)
+
+
+def test_a_form_may_need_another_one_first(on_top: Toy):
+    assert on_top.check() == []
+    declared = binding.prose(on_top.patch)
+    text = pullrequest.text(
+        on_top.patch,
+        declared,
+        mail.read(on_top.root / "patches/more/v0.33.0.patch"),
+        "0.33.0",
+    )
+    assert f"**Stands on** `{on_top.patch.summary}`" in text
+
+
+def test_it_has_to_say_so(on_top: Toy):
+    more = on_top.root / "patches" / "more"
+    changed(more / "upstream.py", "    needs=('toy',),\n", "")
+    assert "git apply" in on_top.check()[0]
+    changed(more / "upstream.py", ")\n", "    needs=('toys',),\n)\n")
+    assert "names toys, which has no upstream form" in on_top.check()[0]
+
+
+def test_a_name_of_what_it_needs_is_that_patch_s(on_top: Toy):
+    more = on_top.root / "patches" / "more"
+    path, there = more / "replacement.py", "toy.replacement import _smallest"
+    changed(path, there, "toy.replacement import sample as _smallest")
+    assert any("is not the plugin's code" in line for line in on_top.check())
 
 
 def test_the_draft_is_bound(toy: Toy):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
-from vllm_ext.upstream import forms, mail
+from vllm_ext.upstream import binding, forms, mail
 
 VERSION = "0.32.0"
 
@@ -48,8 +48,8 @@ def make_tree(folder: Path, patches: Iterable[Patch] = ()) -> Tree:
     """Apply the forms of ``patches`` to a copy of vLLM, and merge them.
 
     Each is written for stock; git brings them together, as it would for vLLM if they
-    were merged one after the other. Folders without a patched file are links to the
-    installed ones.
+    were merged one after the other. One that needs others is written on top of these.
+    Folders without a patched file are links to the installed ones.
     """
     tree = Tree(folder)
     letters = [
@@ -72,10 +72,11 @@ def make_tree(folder: Path, patches: Iterable[Patch] = ()) -> Tree:
     _git(folder, "branch", "stock")
     commits = {}
     for patch, letter in letters:
-        written = folder / f"{patch.name}.patch"
-        written.write_text(letter.text(), "utf-8")
+        (folder / f"{patch.name}.patch").write_text(letter.text(), "utf-8")
+        before = binding.needed(binding.prose(patch))
         _git(folder, "checkout", "-q", "-B", "form", "stock")
-        _git(folder, "am", "-q", "--keep-non-patch", written.name)
+        for each in (*before, patch):
+            _git(folder, "am", "-q", "--keep-non-patch", f"{each.name}.patch")
         _git(folder, "checkout", "-q", "series")
         _git(folder, "cherry-pick", "form")
         commits[patch.name] = _git(folder, "rev-parse", "HEAD").strip()

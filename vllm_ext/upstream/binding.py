@@ -21,6 +21,7 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_ext.patches import SERIES
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.fingerprint import Source, SourceError
 from vllm_ext.upstream import forms, mail
@@ -70,6 +71,47 @@ def prose(patch: Patch) -> Upstream:
     if not isinstance(declared, Upstream):
         raise BadPatchError(f"{patch.name}: {file} does not say UPSTREAM = Upstream()")
     return declared
+
+
+def needed(declared: Upstream) -> list[Patch]:
+    """The patches whose forms are merged before this one.
+
+    Raises:
+        BadPatchError: One that is named has no form.
+    """
+    by_name = {patch.name: patch for patch in SERIES if forms.stored(patch)}
+    for name in declared.needs:
+        if name not in by_name:
+            raise BadPatchError(f"`needs` names {name}, which has no upstream form")
+    return [by_name[name] for name in declared.needs]
+
+
+def beneath(declared: Upstream, source: Source) -> Source:
+    """What a form is put on: a vLLM, with the forms in it that are merged before.
+
+    Raises:
+        BadPatchError: One of these does not apply.
+    """
+    for patch in needed(declared):
+        form = mail.read(_form(patch, source))
+        source = forms.patched(source, forms.apply(form, source, exact=False))
+    return source
+
+
+def _form(patch: Patch, source: Source) -> Path:
+    path = forms.form_for(patch, source.version)
+    assert path is not None
+    return path
+
+
+def _own_beneath(declared: Upstream, source: Source, read: Read) -> frozenset[str]:
+    """The modules on both sides of what is merged before: compared with each other."""
+    names: set[str] = set()
+    for patch in needed(declared):
+        names |= {module.name for module in ours(patch, read, frozenset())}
+        files = mail.read(_form(patch, source)).files
+        names |= {forms.module_of(file.path) for file in files if file.is_code}
+    return frozenset(names)
 
 
 def our_file(module: str) -> Path | None:
@@ -149,7 +191,8 @@ def bind(
     """Compare what ``changes`` do to vLLM with what the plugin runs."""
     code = [change for change in changes if change.path.startswith("vllm/")]
     read = reader(source, code)
-    modules = ours(patch, read, frozenset(change.module for change in code))
+    own = _own_beneath(declared, source, read)
+    modules = ours(patch, read, own.union(change.module for change in code))
     plugin = {f"{each.name}:{unit}": each for each in modules for unit in each.units}
     own = modules[0].own
     by = {edit.target: edit.by for edit in patch.edits if edit.how == "replace"}
@@ -243,8 +286,7 @@ def check(patch: Patch, at_hand: list[Source]) -> list[str]:
         if label not in versions
     ]
     for source in at_hand:
-        path = forms.form_for(patch, source.version)
-        assert path is not None
+        path = _form(patch, source)
         exact = forms_of.get(source.version) == path
         try:
             found, seen = _examine(patch, declared, mail.read(path), source, exact)
@@ -273,6 +315,7 @@ def _examine(
         problems.append("it has no message")
     if "signed-off-by:" in form.message.lower():
         problems.append("only the person who sends it can sign it off")
+    source = beneath(declared, source)
     changes = forms.apply(form, source, exact)
     for change in changes:
         if change.path.endswith(".py"):
@@ -341,8 +384,9 @@ def stamp(patch: Patch, at_hand: list[Source]) -> list[Path]:
                 f"{path.name}: there is no vLLM {label} here; name one with --vllm"
             )
         form = mail.read(path)
-        changes = forms.apply(form, by_version[label], exact=True)
-        binding = bind(patch, declared, changes, by_version[label])
+        source = beneath(declared, by_version[label])
+        changes = forms.apply(form, source, exact=True)
+        binding = bind(patch, declared, changes, source)
         if binding.problems:
             raise BadPatchError(f"{patch.name}/{path.name}: {binding.problems[0]}")
         stamped = Mail(patch.summary, form.message, form.files, binding.stamps)

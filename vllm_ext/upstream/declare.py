@@ -40,6 +40,8 @@ class Upstream:
             says the same as.
         only_here: Definition in ``replacement.py`` -> why upstream needs none of it.
         modules: ``vllm_ext.kernels.<op>`` -> the module of vLLM that it becomes.
+        needs: Patches whose forms have to be merged first, in this order: this one is
+            written on top of them.
     """
 
     overlaps: tuple[Overlap, ...]
@@ -54,3 +56,4 @@ class Upstream:
     by_hand: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     only_here: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()

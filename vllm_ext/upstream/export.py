@@ -134,6 +134,7 @@ def form_of(patch: Patch, source: Source, draft_anew: bool = False) -> Mail:
     if source.version in forms.stored(patch):
         return form
     try:
+        source = binding.beneath(binding.prose(patch), source)
         changes = forms.apply(form, source, exact=False)
     except BadPatchError as error:
         raise BadPatchError(

@@ -137,6 +137,12 @@ def apply(mail: Mail, source: Source, exact: bool) -> list[Changed]:
         ]
 
 
+def patched(source: Source, changes: list[Changed]) -> Source:
+    """A vLLM in which some files are as they are after these changes."""
+    after = {change.module: change.after for change in changes}
+    return Source(source.path, source.package, {**source._texts, **after})
+
+
 def contains(source: Source, mail: Mail) -> bool:
     """Whether a vLLM has what a patch would do to it already: it can be taken back."""
     code = tuple(file for file in mail.files if file.is_code)

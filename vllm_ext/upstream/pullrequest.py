@@ -49,6 +49,7 @@ def text(patch: Patch, declared: Upstream, form: Mail, version: str) -> str:
         f"<!-- Drafted against v{version}; rebase it onto main. -->",
         "## Purpose",
         unwrapped(form.message),
+        *_needs(declared),
         "**Why this is not a duplicate**",
         _duplicates(declared),
         "**What it costs, and what it leaves alone**",
@@ -90,6 +91,12 @@ def unwrapped(said: str) -> str:
 
 
 # -- what it says of others ------------------------------------------------------------
+
+
+def _needs(declared: Upstream) -> list[str]:
+    """That other pull requests come first, if so."""
+    before = ", ".join(f"`{patch.summary}`" for patch in binding.needed(declared))
+    return [f"**Stands on** {before}: to be reviewed after it."] if before else []
 
 
 def _duplicates(declared: Upstream) -> str:
