@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vllm_ext import __version__, settings
+from vllm_ext import __version__, metrics, settings
 from vllm_ext.patches import FINGERPRINTS, SERIES
 from vllm_ext.patching.declare import Patch
 from vllm_ext.patching.engine import Engine, PatchError, log
@@ -81,6 +81,7 @@ def _configure(
     engine.strict = chosen.strict
     state_file = StateFile(chosen.state_dir, engine) if chosen.state_dir else None
     counts = state_file is not None
+    metrics.show(chosen.state_dir)
     engine.on_change = state_file.changed if state_file else lambda outcome: None
     if engine.count != counts:  # what stands already was placed for the other way
         for patch in series:

@@ -7,6 +7,7 @@ decodes. So each process writes its own file, and rewrites it as calls come in.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.util
@@ -21,11 +22,22 @@ from vllm_ext.patching.engine import Engine, Outcome, log
 SECONDS_BETWEEN_WRITES = 0.5
 
 
+def server() -> str:
+    """A name that the processes of one server have, and no other process.
+
+    It is made of the random key that the first of them hands down to those that
+    ``multiprocessing`` starts: pids come again, also in another container.
+    """
+    key = bytes(multiprocessing.current_process().authkey)
+    return hashlib.sha256(key).hexdigest()[:12]
+
+
 def snapshot(engine: Engine) -> dict[str, Any]:
     """State of every patch of ``engine``, ready for JSON."""
     return {
         "pid": os.getpid(),
         "process": multiprocessing.current_process().name,
+        "server": server(),
         engine.source.package: engine.source.version,
         "patches": [
             {
@@ -42,7 +54,11 @@ def snapshot(engine: Engine) -> dict[str, Any]:
 
 
 class StateFile:
-    """``<folder>/<pid>.json``, rewritten as states and counts change."""
+    """``<folder>/<pid>.json``, rewritten as states and counts change.
+
+    Calls write it, at most twice a second, and each before it runs: what the calls of
+    the last half second counted is there after the next call, or when the process ends.
+    """
 
     def __init__(self, folder: Path, engine: Engine):
         self.folder = folder
