@@ -7,6 +7,8 @@ batch, greedy and seeded, against stock vLLM of the same machine and version.
 from __future__ import annotations
 
 import json
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,13 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
         printed = tmp_path / f"serve-{environ['VEXT']}.log"
         with served(model, printed, *options, environment=lane | environ) as url:
             client = OpenAI(base_url=f"{url}/v1", api_key="none")
+            guided = client.completions.create(
+                model="tiny",
+                prompt="hello",
+                max_tokens=8,
+                temperature=0,
+                extra_body={"structured_outputs": {"regex": "[a-z]{6,9}"}},
+            )
             plain = client.completions.create(
                 model="tiny",
                 prompt="hello",
@@ -206,8 +215,23 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
                 seed=3,
                 top_p=0.9,
             )
-            return [plain.choices[0].token_ids, chat.choices[0].message.content]
+            scraped[environ["VEXT"]] = scrape(client, url)
+            texts = (guided.choices[0].text, chat.choices[0].message.content)
+            return [plain.choices[0].token_ids, *texts]
 
+    def scrape(client: OpenAI, url: str) -> list[str]:
+        """Our lines of ``/metrics``, once there is a count: the next steps write it."""
+        for _ in range(20):
+            time.sleep(0.6)
+            client.completions.create(model="tiny", prompt="hello", max_tokens=3)
+            with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+            lines = [line for line in text.splitlines() if line.startswith("vext_")]
+            if not lines or any("left_to_stock" in line for line in lines):
+                break
+        return lines
+
+    scraped: dict[str, list[str]] = {}
     folder = tmp_path / "states"
     on = {"VEXT": "1", "VEXT_STATE_DIR": str(folder)}
     with ThreadPoolExecutor() as both:
@@ -215,6 +239,13 @@ def test_vllm_serve_answers_an_openai_client(tmp_path):
     assert patched == stock
     assert len(patched[0]) == 8
     assert_active(read_states(folder))
+    assert scraped["0"] == []
+    using = {line for line in scraped["1"] if 'state="in use"' in line}
+    assert any('patch="clean_sampler_writes"' in line for line in using)
+    assert not any('process="MainProcess"' in line for line in using)
+    labels = 'patch="scheduler_fast_path",reason="structured output"'
+    (left,) = [line for line in scraped["1"] if labels in line]
+    assert 1 <= float(left.split()[-1]) <= 8
 
 
 # -- inert -----------------------------------------------------------------------------
