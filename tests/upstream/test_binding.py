@@ -153,6 +153,14 @@ def test_a_touched_module_may_pass_a_name_on(spliced: Toy):
     assert spliced.unbound(SPLICED) != ()
 
 
+def test_a_file_that_has_no_part_in_it_is_noticed(spliced: Toy):
+    sampler = Changed("vllm/toy/sampler.py", STOCK, SPLICED)
+    words = Changed("vllm/toy/words.py", WORDS, f"{WORDS}import os\n")
+    declared = binding.prose(spliced.patch)
+    bound = binding.bind(spliced.patch, declared, [sampler, words], spliced.source)
+    assert bound.problems == ("vllm/toy/words.py: only imports or text of it change",)
+
+
 def test_code_that_is_left_out_is_noticed(spliced: Toy):
     spliced.says("def sample(", "def more():\n    pass\n\n\ndef sample(")
     (line,) = spliced.unbound(SPLICED)

@@ -172,6 +172,40 @@ def test_a_kernel_moves_into_vllm(toy: Toy):
     assert any("vllm.toy.kernel:TILE is not" in line for line in toy.check())
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        # The toy's sampler has no `part`, and `parts` has a TILE of its own.
+        ("+from vllm.toy.parts", "+from vllm.toy.sampler", "takes part from"),
+        ("+from vllm.toy.parts import part\n", "+\n", "has no part"),
+        (
+            "+from vllm.toy.kernel import TILE",
+            "+from vllm.toy.parts import TILE",
+            "TILE",
+        ),
+    ],
+)
+def test_a_name_of_another_module_is_another_name(
+    toy: Toy, before: str, after: str, why: str
+):
+    with_kernel(toy)
+    toy.says("LIMIT = 4", "LIMIT = 4 + TILE")
+    toy.says("import math\n", "import math\nfrom vllm_ext.kernels.toy import TILE\n")
+    toy.declares(
+        '    modules={"vllm_ext.kernels.toy": "vllm.toy.kernel",'
+        ' "vllm_ext.kernels.parts": "vllm.toy.parts"},\n'
+        '    by_hand={"vllm.toy.kernel:make_scratch": ("make_scratch",)},\n'
+    )
+    (toy.tree / "vllm/triton_utils.py").write_text(
+        "import triton\nimport triton.language as tl\n"
+    )
+    toy.stored.write_text(draft.draft(toy.patch, toy.source).text())
+    binding.stamp(toy.patch, [toy.source])
+    assert toy.check() == []
+    changed(toy.stored, before, after)
+    assert any(why in line for line in toy.check())
+
+
 def test_kernels_of_a_wrapper_follow_ours(toy: Toy):
     """What was written by hand stays; the kernel is moved anew."""
     toy.wraps()

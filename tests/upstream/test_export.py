@@ -302,6 +302,30 @@ def test_git_is_needed_for_the_check_alone(capsys, ready: Toy, monkeypatch):
     assert "## Purpose" in written(capsys, ready)
 
 
+def test_a_hook_of_git_keeps_its_repository(
+    capsys, ready: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Git tells its hooks where their repository is; that is not where we commit."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    forms.git(theirs, "init", "-q")
+    before = {path for path in theirs.rglob("*")}
+    hook = tmp_path / "hooks" / "pre-commit"
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    for name, value in {
+        "GIT_DIR": str(theirs / ".git"),
+        "GIT_INDEX_FILE": str(theirs / ".git" / "index"),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "core.hooksPath",
+        "GIT_CONFIG_VALUE_0": str(hook.parent),
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert run(capsys, "export", "--check", "--vllm", ready.tree)[0] == 0
+    assert {path for path in theirs.rglob("*")} == before
+
+
 # -- check and stamp -------------------------------------------------------------------
 
 

@@ -202,9 +202,15 @@ def bind(
     by_hand: list[str] = []
     stamps: dict[str, str] = {}
     problems: list[str] = []
+    patched = {it.module: Module(it.module, it.after, read, own) for it in code}
     for change in code:
         before = Module(change.module, change.before, read, own)
-        after = Module(change.module, change.after, read, own)
+        after = patched[change.module]
+        if change.before and all(
+            after.says(unit) == before.says(unit)
+            for unit in {**after.units, **before.units}
+        ):
+            problems.append(f"{change.path}: only imports or text of it change")
         for unit in dict.fromkeys([*after.units, *before.units]):
             says = after.says(unit)
             if says == before.says(unit):
@@ -230,6 +236,9 @@ def bind(
                     "does not name it"
                 )
 
+    for target in (*same, *by_hand):
+        problems += _misled(target, same, patched, plugin)
+
     spoken = {name for names in declared.by_hand.values() for name in names}
     spoken |= set(declared.only_here)
     unknown = spoken - {_top(place) for place in plugin}
@@ -253,6 +262,32 @@ def bind(
     for key, digests in compared_by_eye.items():
         stamps[key] = hashlib.sha256(digests.encode()).hexdigest()[:12]
     return Binding(same, tuple(by_hand), stamps, tuple(problems))
+
+
+def _misled(
+    target: str,
+    same: dict[str, str],
+    patched: dict[str, Module],
+    plugin: dict[str, Module],
+) -> list[str]:
+    """What a definition of the form takes from another module than the plugin does."""
+    theirs = patched[target.partition(":")[0]].leans_on(_unit(target))
+    ours: list[tuple[str, str] | None] = [None] * len(theirs)
+    if target in same:
+        ours = plugin[same[target]].leans_on(_unit(same[target]))
+    problems = []
+    for one, other in zip(theirs, ours, strict=True):
+        if one is None and other is not None:
+            problems.append(f"{target} has no {other[1]}: not defined, not imported")
+        if one is None or one[0] not in patched:
+            continue
+        module, name = one
+        bound = same.get(f"{module}:{name}")
+        meant = f"{other[0]}:{other[1]}" if other else bound
+        known = name in patched[module].names or f"{module}.{name}" in patched
+        if not known or bound not in (None, meant):
+            problems.append(f"{target} takes {name} from {module}, wrongly")
+    return list(dict.fromkeys(problems))
 
 
 def _unit(place: str) -> str:

@@ -53,6 +53,18 @@ class Module:
         return found
 
     @cached_property
+    def names(self) -> set[str]:
+        """Every name that can be taken from the module, imported ones left out."""
+        under_conditions = {
+            part.name if isinstance(part, Definition) else part.id
+            for node in self.units.get(MODULE, ())
+            for part in ast.walk(node)
+            if isinstance(part, Definition)
+            or (isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store))
+        }
+        return {*self.units, *under_conditions}
+
+    @cached_property
     def imported(self) -> dict[str, str]:
         """Local name -> what it stands for, in full."""
         return imports(self.tree)
@@ -69,19 +81,35 @@ class Module:
         """12 hexadecimal digits over what a unit says; of one that is gone, too."""
         return hashlib.sha256((self.says(unit) or "").encode()).hexdigest()[:12]
 
-    def stands_for(self, dotted: str) -> str:
-        """Where the name ``a.b.c`` is defined, through every import on the way."""
+    def leans_on(self, unit: str) -> list[tuple[str, str] | None]:
+        """Each name in a unit, in order: module and name, if of code that is compared.
+
+        Two units that say the same have as many. As `says` writes them they are bare
+        names, which may be of different modules.
+        """
+        plain = _Plain(self)
+        for node in self.units.get(unit, ()):
+            plain.visit(copy.deepcopy(node))
+        return plain.places
+
+    def stands_for(self, dotted: str) -> tuple[str | None, str]:
+        """Where the name ``a.b.c`` is defined, through every import on the way.
+
+        Returns:
+            The module and the name in it, if that is code under comparison; else no
+            module, and the name in full.
+        """
         for _ in range(10):  # modules that import each other's names end somewhere
             module, name, rest = self._split(dotted)
             if module is None:
-                return dotted
+                break
             further = imports(_parse(self.read(module) or "")).get(name)
             if further is None and module in self.own:
-                return name + rest
+                return module, name + rest
             if further is None or further == dotted:
-                return dotted
+                break
             dotted = further + rest
-        return dotted
+        return None, dotted
 
     def _split(self, dotted: str) -> tuple[str | None, str, str]:
         """Module, name in it, and attributes of that; no module if it is unknown."""
@@ -179,6 +207,7 @@ class _Plain(ast.NodeTransformer):
     def __init__(self, module: Module):
         self.module = module
         self.local: set[str] = set()
+        self.places: list[tuple[str, str] | None] = []
         self.depth = 0
         self.in_function = False
 
@@ -238,8 +267,13 @@ class _Plain(ast.NodeTransformer):
     def _name(self, dotted: str, context: ast.expr_context) -> ast.AST:
         first, _, rest = dotted.partition(".")
         meant = self.module.imported.get(first)
+        where: str | None = None
         if meant is not None and first not in self.local:
-            dotted = self.module.stands_for(f"{meant}.{rest}" if rest else meant)
+            full = f"{meant}.{rest}" if rest else meant
+            where, dotted = self.module.stands_for(full)
+        elif first in self.module.names and first not in self.local:
+            where = self.module.name
+        self.places.append((where, dotted.partition(".")[0]) if where else None)
         return ast.Name(dotted, context)
 
 

@@ -18,11 +18,12 @@ from vllm_ext.upstream.mail import BadPatchError, FileDiff, Mail, files
 PATCHES = FINGERPRINTS.parent
 WHEELS = machine.CHECKOUT / ".venv" / "wheels"
 
-# Nothing of the person's own configuration, and no name: what is made here is thrown
-# away.
+# Nothing of the person's own configuration, language or repository (a hook of git's
+# says GIT_DIR), and no name: what is made here is thrown away.
 _GIT = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
+    "LC_ALL": "C.UTF-8",
     **{
         f"GIT_{role}_{what}": value
         for role in ("AUTHOR", "COMMITTER")
@@ -192,12 +193,15 @@ def git(folder: Path, *arguments: str | Path) -> str:
     command = shutil.which("git")
     if command is None:
         raise BadPatchError("git is not installed here; the check needs it")
+    inherited = {
+        name: value for name, value in os.environ.items() if name[:4] != "GIT_"
+    }
     done = subprocess.run(
         [command, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, **_GIT},
+        env={**inherited, **_GIT},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     told = done.stdout + done.stderr
     if done.returncode:
