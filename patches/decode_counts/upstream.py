@@ -32,6 +32,9 @@ UPSTREAM = Upstream(
           SamplerOutput. Whoever writes into num_sampled or num_rejected would write
           into all later steps; nobody does today.
         - Batches with prefills or drafts, and warm-up, launch the kernel as before.
+        - Sleep mode, level 2, empties the memory that models are loaded into, and with
+          it what Sampler.__init__ allocates. The two constants lie there, so with that
+          mode they have to be made later, at the first step; this is not done yet.
         - Model Runner V1 is not touched.
     """,
     by_hand={
