@@ -84,6 +84,11 @@ PLANTED = {
         "pin_memory=PIN_MEMORY,\n                    )\n                self.allowed",
         "pin_memory=False,\n                    )\n                self.allowed",
     ),
+    "step_graph": (
+        f"{GPU}/step_graph/eligibility.py",
+        "if (computed < states.prefill_len.np[seats]).any():",
+        "if (computed > states.prefill_len.np[seats]).all():",
+    ),
     "scheduler_fast_path": (
         "vllm/v1/core/sched/steady.py",
         "at >= row.last and (",
@@ -99,6 +104,7 @@ def without_the_plugin(folder: Path) -> dict[str, str]:
         "PYTHONPATH": f"{folder}{os.pathsep}{HERE}",
         "VLLM_PLUGINS": "vllm_ext_cpulane",  # the lane, and nobody else
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_STEP_GRAPH": "bracketed",  # upstream's form of it has to be asked for
     }
 
 

@@ -6,8 +6,11 @@ Argument: a JSON file, file of vLLM -> numbers of the lines that are asked about
 import json
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import vllm
 
@@ -38,10 +41,19 @@ def of_line(frame, event, arg):
     return of_line
 
 
+def recorded():
+    """Whoever records graphs beside vLLM's own gets some that replay, too."""
+    module = "vllm.v1.worker.gpu.step_graph.graphs"
+    if find_spec(module.rpartition(".")[0]) is None:  # the plugin's are known there
+        return nullcontext()
+    return mock.patch(f"{module}.record", lambda work, *_: gpupath.Graph(work))
+
+
 def main() -> None:
     gpupath.enable([1, 2, 4, 8])
     llm = tiny_engine(dtype="float32", enable_prefix_caching=False)
-    graphs = gpupath.graphs_that_replay(workload.model_runner(llm))
+    with recorded():
+        graphs = gpupath.graphs_that_replay(workload.model_runner(llm))
     threading.settrace(of_call)
     sys.settrace(of_call)
     # Bad words keep their steps from the path that the fused sampler takes.
