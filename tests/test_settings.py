@@ -78,6 +78,13 @@ def test_a_value_that_is_neither_gets_one_line_and_the_default():
     assert "VEXT=maybe" in chosen.problems[0]
 
 
+def test_a_form_of_step_graph_that_is_none_is_said():
+    assert read(VEXT_STEP_GRAPH="Mono").problems == ()
+    assert read(VEXT_STEP_GRAPH="bracketed").problems == ()
+    (line,) = read(VEXT_STEP_GRAPH="one").problems
+    assert "taken as bracketed" in line
+
+
 def test_additional_config_stands_for_the_variables():
     ours = {"enabled": False, "patches": ["one", "-two"], "strict": 1, "state_dir": "x"}
     assert from_config({"vllm_ext": ours, "other": 1}) == (

@@ -27,6 +27,11 @@ VARIABLES = {
         "(unset)",
         "folder for one JSON per process: what was applied and used, or why not",
     ),
+    "VEXT_STEP_GRAPH": (
+        "bracketed",
+        "`mono`: `step_graph` captures a forward pass of its own and replays one graph "
+        "per step, instead of two around vLLM's",
+    ),
     "VEXT_STEP_GRAPH_CHECK": (
         "(first steps)",
         "`N`: every `N`-th step of `step_graph` is compared with stock's, beside the "
@@ -40,6 +45,7 @@ CONFIG_KEYS = {
     "patches": "VEXT_PATCHES",
     "strict": "VEXT_STRICT",
     "state_dir": "VEXT_STATE_DIR",
+    "step_graph": "VEXT_STEP_GRAPH",
     "step_graph_check": "VEXT_STEP_GRAPH_CHECK",
 }
 CONFIG_NAME = "vllm_ext"
@@ -88,6 +94,11 @@ def parse(environ: Mapping[str, str], defaults: Mapping[str, bool]) -> Settings:
         return default
 
     wanted = _choose(environ.get("VEXT_PATCHES", ""), defaults, problems)
+    form = environ.get("VEXT_STEP_GRAPH", "").strip().lower()
+    if form not in ("", "bracketed", "mono"):
+        problems.append(
+            f"VEXT_STEP_GRAPH={form} is neither bracketed nor mono; taken as bracketed"
+        )
     often = environ.get("VEXT_STEP_GRAPH_CHECK", "").strip()
     if often and not often.isdecimal():
         problems.append(f"VEXT_STEP_GRAPH_CHECK={often} is no number; not taken")

@@ -3,7 +3,9 @@
 The graphs run first, on the state that stock is about to start from; what they wrote
 is copied away, and what they changed of that state is put back. Then stock runs as if
 nothing had been, and its step is the one that is served. So a graph that is wrong has
-cost time, and no token.
+cost time, and no token. The graph of a whole step writes keys and values as well: it
+runs after stock's forward pass, on its own inputs, and only if the prep graph made the
+same ones, so that what it writes is what is there.
 """
 
 import os
@@ -91,7 +93,10 @@ class Check:
         whole = [(tensor, tensor.clone()) for tensor in (*small, buffers.total_len)]
         cells = buffers.all_token_ids[seats, self._lengths]
         counts = buffers.output_bin_counts[seats]
-        graph.replay_sampler(plan)
+        if graph.mono:
+            self._replay_step()
+        else:
+            graph.replay_sampler(plan)
         self._state = self._read_state()
         for tensor, old in whole:
             tensor.copy_(old)
@@ -101,6 +106,27 @@ class Check:
         number = graph.slot.number
         self._expected = expected
         self._drawn = buffers.ring.tokens[number, :rows].clone()
+
+    def _replay_step(self) -> None:
+        """Run the graph of the whole step, if that is safe.
+
+        What stock made for this step is not there meanwhile: neither its inputs nor its
+        hidden states can stand in for the graph's own.
+        """
+        with gpu_sync_allowed():
+            if any(self._wrong_inputs()):
+                return
+        graph, padded = self._graph, self._plan.padded
+        made = self._inputs_now()
+        made["hidden_states"] = graph.buffers.hidden_states[:padded]
+        kept = {name: tensor.clone() for name, tensor in made.items()}
+        for name, tensor in made.items():
+            if not name.startswith("block_tables"):  # state, which a step adds to
+                tensor.fill_(-1 if name == "slot_mappings" else 0)
+        graph.replay_step(self._plan)
+        self._inputs = self._read_inputs()
+        for name, tensor in made.items():
+            tensor.copy_(kept[name])
 
     def problems(self) -> list[str]:
         """What differs, a line each; after stock's step. Waits for the device."""
@@ -116,6 +142,9 @@ class Check:
     # -- what is looked at -------------------------------------------------------------
 
     def _read_inputs(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self._inputs_now().items()}
+
+    def _inputs_now(self) -> dict[str, torch.Tensor]:
         buffers, rows = self._graph.buffers, len(self._plan.requests)
         padded = self._plan.padded
         found = {
@@ -132,7 +161,7 @@ class Check:
             found[f"block_tables[{group}]"] = table
         for group, table in enumerate(buffers.groups.input_block_tables):
             found[f"input_block_tables[{group}]"] = table[:padded]
-        return {name: tensor.clone() for name, tensor in found.items()}
+        return found
 
     def _read_state(self) -> dict[str, torch.Tensor]:
         buffers = self._graph.buffers

@@ -2,8 +2,11 @@
 
 An eligible step is one copy to the device, three replays (prep graph, vLLM's forward
 graph, sampler graph), and one copy back. Nothing is allocated in it on either side.
+If `VARIABLE` says ``mono``, one graph has the work of all three, and a forward pass of
+its own between them, which gives its hidden states to the head and to nobody else.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
 from vllm.utils.gc_utils import freeze_gc_for_cudagraph_capture
 from vllm.utils.torch_utils import current_stream
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -27,6 +32,14 @@ from vllm_ext.patches.fused_sampler.state import FILTERS, STALE, Seats
 from vllm_ext.patches.step_graph import eligibility
 from vllm_ext.patches.step_graph.buffers import make_buffers
 from vllm_ext.patches.step_graph.eligibility import UNKNOWN, Plan
+
+VARIABLE = "VEXT_STEP_GRAPH"
+MONO = "mono"
+
+
+def asked_for_mono() -> bool:
+    """Whether `VARIABLE` says that one graph is to have all of a step."""
+    return os.environ.get(VARIABLE, "").strip().lower() == MONO
 
 
 def record(work: Callable[[], None], pool: Any, vllm_config: Any) -> Any:
@@ -107,11 +120,13 @@ class StepGraph:
         runner: A ``GPUModelRunner`` whose forward graphs have been captured, and of
             which `eligibility.reasons_of_engine` has nothing to say.
         seats: What its requests ask of the sampler.
+        mono: Whether one graph is to have all of a step.
     """
 
-    def __init__(self, runner: Any, seats: Seats) -> None:
+    def __init__(self, runner: Any, seats: Seats, mono: bool = False) -> None:
         self.runner = runner
         self.seats = seats
+        self.mono = mono
         self.manager = runner.cudagraph_manager
         self.by_rows = eligibility.forward_graphs(self.manager)
         self.sizes = sorted({each.num_tokens for each in self.by_rows if each})
@@ -124,8 +139,10 @@ class StepGraph:
         self._turn = 0
         self.slot = self._slots[0]  # of the step that is being submitted
         self._prep: dict[int, Any] = {}
-        # By rows, and whether one of them may have top-k or top-p.
+        # By rows, and whether one of them may have top-k or top-p: the sampler graph,
+        # or in mono the graph of the step, which leaves the prep graph to the check.
         self._sampler: dict[tuple[int, bool], Any] = {}
+        self._step: dict[tuple[int, bool], Any] = {}
 
     # -- capture -----------------------------------------------------------------------
 
@@ -138,10 +155,11 @@ class StepGraph:
         with graph_capture(device=runner.device), freeze_gc_for_cudagraph_capture():
             self._warm()
             for padded in reversed(self.sizes):
-                self._prep[padded] = self._record(self._prepare(padded))
+                self._prep[padded] = self._record(self._prepare, padded)
+                graphs = self._step if self.mono else self._sampler
+                make = self._all if self.mono else self._sample
                 for filters in (False, True):
-                    work = self._sample(padded, filters)
-                    self._sampler[padded, filters] = self._record(work)
+                    graphs[padded, filters] = self._record(make, padded, filters)
 
     def _warm(self) -> None:
         """Compile what steps may launch beside the graphs."""
@@ -152,69 +170,100 @@ class StepGraph:
         rows = decode_inputs.seats(self.buffers.staging, self.sizes[-1])
         self.seats.freshen(STALE, rows, np.empty(0, dtype=np.intp))
 
-    def _record(self, work: Callable[[], None]) -> Any:
-        work()  # compiles what it launches
-        return record(work, self.manager.pool, self.runner.vllm_config)
+    def _record(self, make: Callable[..., Callable[[], Any]], *of: Any) -> Any:
+        make(*of)()  # compiles what it launches
+        # As vLLM does: attention may change its metadata when it first sees them.
+        return record(make(*of), self.manager.pool, self.runner.vllm_config)
 
-    def _prepare(self, padded: int) -> Callable[[], None]:
-        """What the prep graph of a size does."""
-        runner, buffers = self.runner, self.buffers
-        metadata, _ = prepare_inputs_to_capture(
+    def _inputs(self, padded: int) -> Any:
+        """Metadata and slots of a size, in the memory that a forward graph reads."""
+        runner = self.runner
+        return prepare_inputs_to_capture(
             *(padded, padded, runner.model_state, runner.input_buffers),
             *(runner.block_tables, runner.attn_groups, runner.kv_cache_config),
             full_cudagraph=True,
             max_query_len=1,
         )
-        groups = [group for groups in runner.attn_groups for group in groups]
 
-        def work() -> None:
-            decode_inputs.prep(
-                buffers.staging,
-                padded,
-                buffers.num_computed_tokens,
-                buffers.last_sampled_tokens,
-                buffers.groups,
-                buffers.input_ids,
-                buffers.positions,
-                buffers.seq_lens,
-                buffers.query_start_loc,
-                buffers.is_padding,
-            )
-            # What attention makes of these, into memory that its forward graph reads.
-            for group in groups:
-                group.update_draft_decode_metadata(metadata)
-
-        return work
+    def _prepare(self, padded: int) -> Callable[[], None]:
+        """What the prep graph of a size does."""
+        metadata, _ = self._inputs(padded)
+        return lambda: self._make_inputs(padded, metadata)
 
     def _sample(self, padded: int, filters: bool) -> Callable[[], None]:
         """What a sampler graph does."""
-        runner, buffers = self.runner, self.buffers
+        hidden_states = self.buffers.hidden_states[:padded]
+        return lambda: self._draw(padded, filters, hidden_states)
+
+    def _all(self, padded: int, filters: bool) -> Callable[[], None]:
+        """What the graph of a whole step does; its forward pass is as vLLM's."""
+        runner = self.runner
+        inputs = runner.input_buffers
+        metadata, slots = self._inputs(padded)
+        given = {
+            "input_ids": inputs.input_ids[:padded],
+            "positions": inputs.positions[:padded],
+            "intermediate_tensors": None,
+            **runner.model_state.prepare_dummy_inputs(padded, padded),
+        }
 
         def work() -> None:
-            # Row i of a step that only decodes has its logits in row i.
-            logits = runner.model.compute_logits(buffers.hidden_states[:padded])
-            self.seats.draw(
-                logits,
-                decode_inputs.num_rows(buffers.staging),
-                decode_inputs.seats(buffers.staging, padded),
-                buffers.positions,
-                buffers.rows[:padded],
-                buffers.tokens[:padded],
-                filters=filters,
-            )
-            decode_inputs.post(
-                buffers.staging,
-                padded,
-                buffers.tokens[:padded],
-                buffers.ring.tokens,
-                buffers.last_sampled_tokens,
-                buffers.all_token_ids,
-                buffers.total_len,
-                buffers.num_computed_tokens,
-                buffers.output_bin_counts,
-            )
+            self._make_inputs(padded, metadata)
+            with set_forward_context(
+                metadata,
+                runner.vllm_config,
+                num_tokens=padded,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=slots,
+                is_padding=inputs.is_padding[:padded],
+            ):
+                hidden_states = runner.model(**given)
+            self._draw(padded, filters, hidden_states)
 
         return work
+
+    def _make_inputs(self, padded: int, metadata: Any) -> None:
+        buffers = self.buffers
+        decode_inputs.prep(
+            buffers.staging,
+            padded,
+            buffers.num_computed_tokens,
+            buffers.last_sampled_tokens,
+            buffers.groups,
+            buffers.input_ids,
+            buffers.positions,
+            buffers.seq_lens,
+            buffers.query_start_loc,
+            buffers.is_padding,
+        )
+        # What attention makes of these, into memory that its forward graph reads.
+        for groups in self.runner.attn_groups:
+            for group in groups:
+                group.update_draft_decode_metadata(metadata)
+
+    def _draw(self, padded: int, filters: bool, hidden_states: torch.Tensor) -> None:
+        buffers = self.buffers
+        # Row i of a step that only decodes has its logits in row i.
+        self.seats.draw(
+            self.runner.model.compute_logits(hidden_states),
+            decode_inputs.num_rows(buffers.staging),
+            decode_inputs.seats(buffers.staging, padded),
+            buffers.positions,
+            buffers.rows[:padded],
+            buffers.tokens[:padded],
+            filters=filters,
+        )
+        decode_inputs.post(
+            buffers.staging,
+            padded,
+            buffers.tokens[:padded],
+            buffers.ring.tokens,
+            buffers.last_sampled_tokens,
+            buffers.all_token_ids,
+            buffers.total_len,
+            buffers.num_computed_tokens,
+            buffers.output_bin_counts,
+        )
 
     # -- requests ----------------------------------------------------------------------
 
@@ -259,8 +308,8 @@ class StepGraph:
             output.settle()
         return slot
 
-    def prepare(self, plan: Plan) -> None:
-        """Submit the copy to the device and the prep graph."""
+    def copy(self, plan: Plan) -> None:
+        """Submit the copy to the device."""
         slot, padded = self.claim(), plan.padded
         self.slot = slot
         decode_inputs.pack(
@@ -272,14 +321,25 @@ class StepGraph:
         # Launches only where stock has drawn tokens of requests with penalties.
         rows = decode_inputs.seats(self.buffers.staging, padded)
         self.seats.freshen(plan.asks, rows, plan.seats)
-        self._prep[padded].replay()
+
+    def prepare(self, plan: Plan) -> None:
+        """Submit the copy to the device and the prep graph."""
+        self.copy(plan)
+        self._prep[plan.padded].replay()
 
     def forward(self, plan: Plan) -> None:
-        """Submit a step up to its hidden states, and do the host's part of it."""
+        """Submit a step up to its hidden states, and do the host's part of it.
+
+        In mono that is all of it but the copy of the tokens.
+        """
         runner = self.runner
         states, tables = runner.req_states, runner.block_tables
-        self.prepare(plan)
-        self.manager.run_fullgraph(plan.described)
+        if self.mono:
+            self.copy(plan)
+            self.replay_step(plan)
+        else:
+            self.prepare(plan)
+            self.manager.run_fullgraph(plan.described)
         # As update_requests does.
         states.num_computed_tokens_np[plan.seats] = plan.computed
         np.minimum(
@@ -294,7 +354,8 @@ class StepGraph:
 
     def sample(self, plan: Plan) -> StepOutput:
         """Submit the rest: the sampler graph, and the copy of the tokens."""
-        self.replay_sampler(plan)
+        if not self.mono:
+            self.replay_sampler(plan)
         runner, slot = self.runner, self.slot
         target, source = slot.back[plan.padded]
         main, copying = runner.main_stream, runner.output_copy_stream
@@ -316,6 +377,9 @@ class StepGraph:
 
     def replay_sampler(self, plan: Plan) -> None:
         self._sampler[plan.padded, bool(plan.asks & FILTERS)].replay()
+
+    def replay_step(self, plan: Plan) -> None:
+        self._step[plan.padded, bool(plan.asks & FILTERS)].replay()
 
 
 def _address_of_head(model: Any) -> int | None:

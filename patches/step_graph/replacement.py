@@ -11,7 +11,7 @@ from vllm_ext.patches.fused_sampler.state import STALE, Seats, seats_of
 from vllm_ext.patches.step_graph import eligibility
 from vllm_ext.patches.step_graph.check import Calendar, Check, agree
 from vllm_ext.patches.step_graph.eligibility import MOST_ROWS, Plan
-from vllm_ext.patches.step_graph.graphs import StepGraph
+from vllm_ext.patches.step_graph.graphs import StepGraph, asked_for_mono
 from vllm_ext.patching.engine import log, step_aside
 
 NAME = "step_graph"
@@ -83,7 +83,7 @@ class StepGraphModelRunner(GPUModelRunner):
             return
         why = ""
         try:
-            graph = StepGraph(self, seats)
+            graph = StepGraph(self, seats, asked_for_mono())
             graph.capture()
         except Exception as error:  # stock code is complete without
             why = f"its graphs could not be captured: {error}"

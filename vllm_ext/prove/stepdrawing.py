@@ -1,8 +1,8 @@
 """A decode step of Model Runner V2 as stock submits it, and as ``step_graph`` does.
 
-Both are recorded: one engine on the pretend device decodes the same four requests
-twice, without and with its step graph, and every operation that the host submits in
-one steady step is written down. What the graphs hold is read from the graphs.
+All is recorded: one engine on the pretend device decodes the same four requests
+without its step graph, with it, and with one in mono, and every operation that the
+host submits in one steady step is written down. What the graphs hold is read from them.
 
 Runs in a process of its own on the CPU lane.
 """
@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch
 
 from vllm_ext import hostbench, jsonfile
 from vllm_ext.children import Child, serve
@@ -35,6 +37,7 @@ KINDS = {
 }
 FORWARD = "forward graph, vLLM's: the model"
 OURS = ("prep graph", FORWARD, "sampler graph")
+WHOLE = ("step graph",)
 
 
 def write(path: Path, say: Callable[[str], None]) -> None:
@@ -73,11 +76,12 @@ def record() -> dict[str, Any]:
 
 
 def of_engine(llm: Any, device: PretendDevice) -> dict[str, Any]:
-    """Decode `REQUESTS` twice.
+    """Decode `REQUESTS` three times.
 
     Returns:
-        ``stock`` and ``ours``, each the operations of the step in order, as kind and
-        name; ``graphs``, for each of ours the names of its operations.
+        ``stock``, ``ours`` and ``mono``, each the operations of the step in order, as
+        kind and name; ``graphs`` and ``whole``, for each graph of ours and of mono the
+        names of its operations.
     """
     from vllm_ext.prove import engine
 
@@ -87,16 +91,27 @@ def of_engine(llm: Any, device: PretendDevice) -> dict[str, Any]:
     stock = _step(llm, runner, device)
     runner.step_graph = graph
     ours = _step(llm, runner, device)
+    with torch.inference_mode():
+        runner.step_graph = type(graph)(runner, graph.seats, mono=True)
+        runner.step_graph.capture()
+    mono, whole = _step(llm, runner, device), runner.step_graph
+    runner.step_graph = graph
     rows = len(REQUESTS)
     captured = (
         graph._prep[rows],
         graph.manager.graphs[graph.by_rows[rows]],
         graph._sampler[rows, True],
     )
+
+    def nodes(graph: Any) -> list[list[str]]:
+        return [[node.kind, node.name] for node in graph.nodes]
+
     return {
         "stock": stock,
         "ours": ours,
-        "graphs": [[[node.kind, node.name] for node in g.nodes] for g in captured],
+        "graphs": [nodes(each) for each in captured],
+        "mono": mono,
+        "whole": [nodes(whole._step[rows, True])],
     }
 
 
@@ -157,8 +172,10 @@ def _watched(
 
 def draw(found: dict[str, Any]) -> str:
     """The page."""
-    before, after = found["stock"], found["ours"]
-    inside = iter(zip(OURS, found["graphs"], strict=True))
+    before = found["stock"]
+    (inputs, _, tokens), [whole] = found["graphs"], found["whole"]
+    model = ["launch", "(the model)"]
+    short = [*whole[: len(inputs)], model, *whole[-len(tokens) :]]
     lines = [
         "# One decode step, before and after",
         "",
@@ -173,13 +190,24 @@ def draw(found: dict[str, Any]) -> str:
         "host            device",
         *(_line(kind, FORWARD if kind == "graph" else name) for kind, name in before),
         "```",
+        *_ours("`step_graph`", found["ours"], OURS, found["graphs"]),
+        *_ours("`VEXT_STEP_GRAPH=mono`", found["mono"], WHOLE, [short]),
         "",
-        f"## `step_graph`: {len(after)} submissions",
-        "",
-        "```",
-        "host            device",
     ]
-    for kind, name in after:
+    return "\n".join(lines)
+
+
+def _ours(
+    title: str,
+    step: list[list[str]],
+    names: tuple[str, ...],
+    graphs: list[list[list[str]]],
+) -> list[str]:
+    """A section: a step, and what its graphs hold beside the model."""
+    lines = ["", f"## {title}: {len(step)} submissions", ""]
+    lines += ["```", "host            device"]
+    inside = iter(zip(names, graphs, strict=True))
+    for kind, name in step:
         if kind != "graph":
             lines.append(_line(kind, name))
             continue
@@ -187,7 +215,7 @@ def draw(found: dict[str, Any]) -> str:
         lines.append(_line(kind, called))
         if called != FORWARD:
             lines += [f"{'':21}│ {node}" for _, node in nodes]
-    return "\n".join([*lines, "```", ""])
+    return [*lines, "```"]
 
 
 def _line(kind: str, name: str) -> str:

@@ -1,14 +1,17 @@
 """Steps run out of graphs, in a real engine whose CUDA graphs are the emulator's.
 
 Argument: the case. ``async``, ``sync`` and ``lags`` decode random workloads, first as
-stock does and then by step graphs, in one engine. ``planted`` spoils one buffer after
-the other and looks whether the self-check sees it. ``ring`` has no engine: it plays
-the ring of slots on a device whose clock it turns.
+stock does and then by step graphs, in one engine; ``async`` by graphs of whole steps,
+too. In ``small``, `planted` spoils one buffer after the other and `whole` one part of a
+whole step, and look whether the self-check sees it. `ring` has no engine: it plays the
+ring of slots on a device whose clock it turns.
 """
 
 import dataclasses
 import logging
+import os
 import random
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -70,7 +73,8 @@ class Watch:
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         runner.execute_model, runner.sample_tokens = self.execute, self.sample
         device.observers.append(self._saw)
-        born, pin = device._born, pretend.pin
+        self._device, self._stock = device, (device._born, pretend.pin)
+        born, pin = self._stock
 
         def count(stock: Any) -> Any:
             def made(*args: Any) -> Any:
@@ -81,6 +85,11 @@ class Watch:
 
         device._born = count(born)
         pretend.pin = count(pin)
+
+    def stop(self) -> None:
+        self._device.observers.remove(self._saw)
+        self._device._born, pretend.pin = self._stock
+        del self._runner.execute_model, self._runner.sample_tokens
 
     def _saw(self, operation: Any) -> None:
         self._kinds["wait" if operation.wait else operation.kind] += 1
@@ -162,23 +171,50 @@ def decode(case: str, seed: int) -> None:
                 request.params["max_tokens"] += 8
             graph, runner.step_graph = runner.step_graph, None
             stock = None if case == "lags" else workload.run(llm, requests)
-            runner.step_graph = graph
-            watch = Watch(runner, device, canaries=case == "sync")
-            ours = workload.run(llm, requests)
-            graphs = (*graph._prep.values(), *graph._sampler.values())
-            findings = workload.findings(ours)
-            report(
-                {
+
+            def by(graph: Any) -> dict[str, Any]:
+                runner.step_graph = graph
+                watch = Watch(runner, device, canaries=case == "sync")
+                findings = workload.findings(workload.run(llm, requests))
+                watch.stop()
+                return {
                     **findings,
                     **{k: v for k, v in vars(watch).items() if k[0] != "_"},
                     "stock": stock and workload.findings(stock)["answers"],
                     "on": runner.step_graph is graph,
-                    "unwritten": [line for each in graphs for line in each.unwritten],
+                    "unwritten": unwritten(graph),
                     "table": [str(entry) for entry in graph.buffers.table()],
                     "moved": graph.buffers.moved(runner),
                     "async": is_async(llm),
                 }
-            )
+
+            found = by(graph)
+            if case == "async":
+                runner._calendar = type(runner._calendar)()
+                found["mono"] = by(captured(runner, graph))
+            report(found)
+
+
+@torch.inference_mode()
+def captured(runner: Any, other: Any) -> Any:
+    """Graphs of whole steps, beside the ``other`` ones of the same engine."""
+    graph = type(other)(runner, other.seats, mono=True)
+    graph.capture()
+    return graph
+
+
+def unwritten(graph: Any) -> list[str]:
+    """Reads of what nothing in a graph wrote, and that vLLM's own do not make.
+
+    Those are of what attention leaves in rows of padding, however many there are.
+    """
+
+    def lines(graphs: Any) -> set[str]:
+        found = {line for each in graphs for line in each.unwritten}
+        return {re.sub(r"\d+ elements", "elements", line) for line in found}
+
+    ours = (*graph._prep.values(), *graph._sampler.values(), *graph._step.values())
+    return sorted(lines(ours) - lines(graph.manager.graphs.values()))
 
 
 def is_async(llm: Any) -> bool:
@@ -286,6 +322,52 @@ def planted(llm: Any) -> dict[str, Any]:
         if entry.name not in OUT_OF_REACH:
             plant(entry)
     look("sound again")
+    return found
+
+
+def whole(llm: Any) -> dict[str, Any]:
+    """Leave out a part of a whole step at a time, under the self-check."""
+    runner = engine.model_runner(llm)
+    first = runner.step_graph
+    stock = short(llm, runner, None)
+    found: dict[str, Any] = {}
+    said: list[str] = []
+
+    def look(name: str, graph: Any) -> None:
+        with mock.patch.object(type(runner), "turn_off", autospec=True) as turn_off:
+            same = short(llm, runner, graph) == stock
+        said.extend(call.args[1] for call in turn_off.call_args_list)
+        found[name] = {"same": same, "said": said[:]}
+        said.clear()
+
+    graph = captured(runner, first)
+    look("sound", graph)
+    kept = dict(graph._prep)
+    model = runner.model
+
+    class Without:
+        """The model, with hidden states that are not of this step."""
+
+        compute_logits = model.compute_logits
+
+        def __init__(self, states: torch.Tensor) -> None:
+            self.states = states
+
+        def __call__(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return self.states[: len(input_ids)]
+
+    stale = graph.buffers.hidden_states
+    for name, patched in {
+        "inputs": mock.patch.object(graph, "_make_inputs"),
+        "forward": mock.patch.object(runner, "model", Without(torch.ones_like(stale))),
+        "hidden states": mock.patch.object(runner, "model", Without(stale)),
+        "draw": mock.patch.object(graph, "_draw"),
+    }.items():
+        with patched, torch.inference_mode():
+            graph.capture()
+        graph._prep = dict(kept)
+        look(name, graph)
+    runner.step_graph = first
     return found
 
 
@@ -448,6 +530,15 @@ def life(llm: Any) -> dict[str, Any]:
     runner.capture_model()
     found["another"] = runner.step_graph is not first
     look("captured again")
+    runner.cudagraph_manager.release_graphs()
+    with mock.patch.dict(os.environ, {graphs.VARIABLE: "mono"}):
+        runner.capture_model()
+    found["mono"] = runner.step_graph.mono
+    look("captured as one")
+    runner.cudagraph_manager.release_graphs()
+    look("released as one")
+    runner.capture_model()
+    found["not mono"] = not runner.step_graph.mono
     head = runner.model.lm_head.weight
     with mock.patch.object(type(head), "data_ptr", return_value=1):
         look("another head")
@@ -573,7 +664,7 @@ def empty_step_graph(main: pretend.Stream, copying: pretend.Stream) -> Any:
     pretend.pin(ring.packed)
     pretend.pin(ring.host_tokens)
     staging = torch.zeros(words, dtype=torch.int32, device=place)
-    graph.groups, graph.sizes, graph._turn = 1, [rows], 0
+    graph.groups, graph.sizes, graph._turn, graph.mono = 1, [rows], 0, False
     graph.buffers = SimpleNamespace(ring=ring, staging=staging)
     graph.seats = SimpleNamespace(freshen=lambda *_: None)
     graph._slots = [graphs.Slot(graph, number) for number in range(len(ring))]
@@ -600,7 +691,8 @@ if __name__ == "__main__":
         with PretendDevice() as device, booted(device) as llm:
             found = {"drawing": unchecked(llm, device, stepdrawing.of_engine)}
             found |= {"eligible": eligible(llm)}
-            found |= {"planted": planted(llm), "life": life(llm)}
+            found |= {"planted": planted(llm), "whole": whole(llm)}
+            found |= {"life": life(llm)}
         report({**found, "ring": ring(), "vllm": vllm.__version__})
     else:
         decode(sys.argv[1], int(sys.argv[2]))
