@@ -55,6 +55,8 @@ UPSTREAM = Upstream(
           and without top-k and top-p. They share the pool of the forward graphs; the
           memory profile counts them.
         - It has not been run on a GPU. It is off unless it is asked for.
+        - VLLM_STEP_GRAPH=mono has one graph in place of the three, and captures the
+          model once more for it.
         - Triton attention and FlashAttention 3 only, and no KV connector, LoRA,
           speculative decoding, pipeline, data or context parallelism.
         - A check is a step on both paths, twice for each graph.
