@@ -177,11 +177,13 @@ def decode(case: str, seed: int) -> None:
                 watch = Watch(runner, device, canaries=case == "sync")
                 findings = workload.findings(workload.run(llm, requests))
                 watch.stop()
+                on = runner.step_graph is graph
+                short(llm, runner, None)  # a row of padding, in a graph of vLLM's
                 return {
                     **findings,
                     **{k: v for k, v in vars(watch).items() if k[0] != "_"},
                     "stock": stock and workload.findings(stock)["answers"],
-                    "on": runner.step_graph is graph,
+                    "on": on,
                     "unwritten": unwritten(graph),
                     "table": [str(entry) for entry in graph.buffers.table()],
                     "moved": graph.buffers.moved(runner),
