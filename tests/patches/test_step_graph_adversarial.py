@@ -142,6 +142,7 @@ def test_requests_and_engines_that_ask_for_more_are_refused(modules):
 def a_graph(modules, tables):
     """A `StepGraph` that submits nothing."""
     graph = object.__new__(modules.graphs.StepGraph)
+    graph.mono = False
     states = SimpleNamespace(
         num_computed_tokens_np=np.zeros(8, dtype=np.int32),
         num_computed_prefill_tokens=np.zeros(8, dtype=np.int32),
@@ -204,6 +205,7 @@ def test_a_slot_is_taken_while_its_tokens_are_read_by_another_thread(modules):
             return output if self.looks == 1 else None
 
     graph = object.__new__(modules.graphs.StepGraph)
+    graph.mono = False
     graph._slots, graph._turn = [Settled()], 0
     assert graph.claim() is graph._slots[0]
     assert settled == graph._slots
@@ -242,6 +244,7 @@ def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gon
     runner = object.__new__(replacement.StepGraphModelRunner)
     manager = SimpleNamespace(_graphs_captured=True)
     graph = object.__new__(modules.graphs.StepGraph)
+    graph.mono = False
     graph.runner, graph.manager, graph.seats = runner, manager, "seats"
     graph.plan = lambda scheduled: "a plan"
     runner.cudagraph_manager, runner.step_graph = manager, graph
