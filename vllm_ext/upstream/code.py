@@ -252,10 +252,12 @@ class _Plain(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
         if not self.in_function:
-            return self.generic_visit(node)
+            self.generic_visit(node)
+            return node
         if node.value is None:  # the type of a local variable, and nothing else
             return None
-        return self.visit(ast.Assign([node.target], node.value))
+        made: ast.AST = self.visit(ast.Assign([node.target], node.value))
+        return made
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         dotted = _dotted(node)
