@@ -41,7 +41,12 @@ class StepGraphModelRunner(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if self.sampler is not None and seats_of(self.sampler) is None:
+        # With sleep mode, models are loaded into memory that sleeping empties.
+        if (
+            self.sampler is not None
+            and seats_of(self.sampler) is None
+            and not self.vllm_config.model_config.enable_cumem_allocator
+        ):
             self._own_seats = Seats(self.sampler)
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +81,9 @@ class StepGraphModelRunner(GPUModelRunner):
         reason = next(eligibility.reasons_of_engine(self), None)
         seats = self._seats()
         if reason is None:
-            reason = "no sampler" if seats is None else seats.refused
+            reason = "sleep mode without fused_sampler"
+            if seats is not None:
+                reason = seats.refused
         if reason is not None:
             log.info("vllm-ext: %s leaves this engine to stock code: %s", NAME, reason)
             step_aside(NAME, reason)

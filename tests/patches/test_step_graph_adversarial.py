@@ -271,6 +271,34 @@ def test_what_was_captured_around_something_that_is_gone_is_dropped(modules, gon
 # -- in the engine ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_seats_are_not_made_where_sleeping_empties_memory(monkeypatch, sleeps):
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_ext.patches.step_graph import replacement
+
+    made = SimpleNamespace(refused="made")
+    monkeypatch.setattr(replacement, "Seats", lambda sampler: made)
+    monkeypatch.setattr(GPUModelRunner, "load_model", lambda self: None)
+    monkeypatch.setattr(
+        replacement.eligibility, "reasons_of_engine", lambda _: iter(())
+    )
+    aside = []
+    monkeypatch.setattr(replacement, "step_aside", lambda _, why: aside.append(why))
+    runner = object.__new__(replacement.StepGraphModelRunner)
+    runner.sampler = SimpleNamespace()
+    runner.cudagraph_manager = SimpleNamespace(graphs={8: None})
+    config = SimpleNamespace(enable_cumem_allocator=sleeps)
+    runner.vllm_config = SimpleNamespace(model_config=config)
+
+    runner.load_model()
+    runner.capture_step_graph()
+
+    assert runner._own_seats is (None if sleeps else made)
+    assert aside == ["sleep mode without fused_sampler" if sleeps else "made"]
+    assert runner.step_graph is None
+
+
 @pytest.fixture(scope="module")
 def in_engine(lane):
     def run(case, patches):
