@@ -100,7 +100,7 @@ def test_what_is_not_known_is_said(capsys, ready: Toy):
     assert "**Accuracy:** none needed: the tokens are the same." in text
     assert "A loop more." in text
     assert "| `vllm/toy/sampler.py` | +4 | -0 |" in text
-    assert "4 lines changed in vLLM itself: low complexity" in text
+    assert "Lines changed in vLLM itself: 4, low complexity" in text
     assert "nobody on record" in text
     assert "AI assistance was used" in text
     assert "- [x]" not in text
@@ -220,7 +220,7 @@ def test_size_is_in_vllms_bands(capsys, ready: Toy, lines: int, band: str):
     ready.stores(WRAPPED + rest)
     ready.stores(WRAPPED + rest, test=TEST + rest)  # tests do not count
     text = written(capsys, ready)
-    told = text.partition(f"\n{lines} lines changed in vLLM itself: ")[2]
+    told = text.partition(f"\nLines changed in vLLM itself: {lines}, ")[2]
     assert band in told.partition("\n")[0]
 
 
@@ -233,6 +233,17 @@ def refused(capsys, *arguments: object) -> str:
     assert err.startswith("vllm-ext: ")
     assert err.count("\n") == 1
     return err
+
+
+@pytest.mark.parametrize("what", ["--check", "--stamp"])
+def test_a_folder_is_for_what_is_written(capsys, ready: Toy, what: str):
+    folder = ready.root / "out"
+    assert "-o is where" in refused(capsys, "toy", what, "-o", folder)
+    assert not folder.exists()
+
+
+def test_a_vllm_without_a_name_is_not_the_newest_one(capsys, ready: Toy):
+    refused(capsys, "toy", "--vllm", "")
 
 
 def test_a_folder_with_anything_in_it_stays_as_it_is(capsys, ready: Toy):

@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, stamp, or write a patch; the exit status."""
     named = [patch_named(name) for name in args.name]
+    if args.folder is not None and (args.check or args.stamp):
+        raise BadPatchError(
+            "-o is where a patch is written; --check and --stamp are not"
+        )
     if args.check:
         return _check(named or list(SERIES), at_hand(args.vllm), args.json)
     if args.stamp and named:
@@ -116,7 +120,7 @@ def at_hand(vllm: str | None) -> list[Source]:
     Raises:
         SourceError: There is none, or it is of a version that is not on record.
     """
-    found = [doctor.open_source(vllm)] if vllm else forms.sources()
+    found = forms.sources() if vllm is None else [doctor.open_source(vllm)]
     return [forms.known(source) for source in found]
 
 

@@ -310,7 +310,7 @@ def _size(form: Mail) -> str:
         band += f"; over {NEEDS_RFC} lines need an RFC issue first"
     return (
         _table(("file", "added", "removed"), rows)
-        + f"\n{form.size} lines changed in vLLM itself: {band}."
+        + f"\nLines changed in vLLM itself: {form.size}, {band}."
     )
 
 
