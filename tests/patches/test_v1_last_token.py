@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from vllm_ext.patches.v1_last_token import PATCH
-from vllm_ext.patches.v1_last_token.replacement import Outputs
 from vllm_ext.testing import applied
 
 VOCAB = 24
@@ -415,6 +414,8 @@ def test_counts_of_a_steady_batch_cost_one_token():
 
 def test_padding_is_not_a_token():
     """A row without a token in this step counts nothing, though others do."""
+    from vllm_ext.patches.v1_last_token.replacement import Outputs
+
     outputs = Outputs()
     rows = [[4, 4], [], [-1]]
     metadata = SimpleNamespace(
