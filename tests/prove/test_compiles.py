@@ -94,6 +94,7 @@ def test_nothing_is_compiled_while_decoding():
     stock, *patches = compiles.verdicts(lambda text: None)
     assert (stock.subject, stock.outcome) == ("stock", "proven on CPU")
     assert [each.subject for each in patches] == [patch.name for patch in SERIES]
-    proven = [each.subject for each in patches if each.outcome == "proven on CPU"]
-    assert proven == V2_PATCHES
+    proven = {each.subject for each in patches if each.outcome == "proven on CPU"}
+    # The last is for V1; V2 passes its wrapper with tensors that are on the host.
+    assert proven == {*V2_PATCHES, "v1_copy_back"}
     assert not any(each.fault for each in patches)
