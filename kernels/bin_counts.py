@@ -96,7 +96,8 @@ def bits_of_counts_reference(
             continue
         requests.output_bits[seat, : -(-vocab_size // 32)] = 0
         counts = requests.output_counts[seat, :vocab_size]
-        _set_bits(requests.output_bits[seat], (counts > 0).nonzero()[:, 0])
+        counted = (counts > 0).nonzero()[:, 0]  # sync: the definition
+        _set_bits(requests.output_bits[seat], counted)
 
 
 def bits_of_lists_reference(

@@ -174,7 +174,7 @@ class Seats:
             top_k=k,
             top_p=p,
         )
-        self._joined[seat] = words.tolist()
+        self._joined[seat] = words.tolist()  # sync: none, it is on the host
         self._lists.pop(seat, None)
         if ids:
             self._lists[seat] = ids, bias
@@ -203,7 +203,7 @@ class Seats:
             known(params.allowed_token_ids or ()),
             known(stops),
         )
-        return ids.tolist(), values.tolist()
+        return ids.tolist(), values.tolist()  # sync: none, they are on the host
 
     def write(self) -> None:
         """Bring to the device what requests that joined ask for."""
