@@ -85,7 +85,7 @@ class Check:
             # draw would change the next ones. Logits of as many rows as the graph's:
             # what a product has in its rows may depend on how many there are.
             logits = runner.model.compute_logits(buffers.hidden_states[: plan.padded])
-            expected = runner.sampler(logits[:rows], batch).sampled_token_ids[:, 0]
+            expected = _drawn_by_stock(runner.sampler, logits[:rows], batch)
 
         seats = decode_inputs.seats(buffers.staging, plan.padded)[:rows].long()
         self._seats, self._lengths = seats, buffers.total_len[seats].long()
@@ -180,7 +180,7 @@ class Check:
             for group, size in enumerate(layout.block_sizes)
         }
         for name, ours in self._inputs.items():
-            mine, theirs = ours.cpu().numpy(), self._stock_inputs[name].cpu().numpy()
+            mine, theirs = _read(ours), _read(self._stock_inputs[name])
             if name in used:  # behind a row's blocks is what was there before
                 for row, blocks in enumerate(used[name]):
                     mine[row, blocks:] = theirs[row, blocks:]
@@ -188,19 +188,19 @@ class Check:
 
     def _wrong_tokens(self) -> Iterator[str]:
         if self._expected is not None:
-            expected, ours = self._expected.cpu().numpy(), self._drawn.cpu().numpy()
+            expected, ours = _read(self._expected), _read(self._drawn)
             yield from _difference("sampled tokens", ours, expected)
 
     def _wrong_state(self) -> Iterator[str]:
-        ours = {name: each.cpu().numpy() for name, each in self._state.items()}
-        theirs = {name: each.cpu().numpy() for name, each in self._read_state().items()}
-        seats = self._seats.cpu().numpy()
+        ours = {name: _read(each) for name, each in self._state.items()}
+        theirs = {name: _read(each) for name, each in self._read_state().items()}
+        seats = _read(self._seats)
         # The logits of stock's step may have been others in their last bits; what a
         # token leaves behind is compared where it is the same.
         name = "last_sampled_tokens"
         other = ours[name] != theirs[name]
         served = theirs["all_token_ids"]
-        drawn = self._drawn.cpu().numpy()
+        drawn = _read(self._drawn)
         if (other[seats] & (served == drawn)).any() or other.sum() > (
             served != drawn
         ).sum():
@@ -210,6 +210,21 @@ class Check:
         same = served == drawn
         for name in ("all_token_ids", "output_bin_counts"):
             yield from _difference(name, ours[name][same], theirs[name][same])
+
+
+def _read(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()  # sync: a checked step is compared on the host
+
+
+def _drawn_by_stock(sampler: Any, logits: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Tokens of stock's sampler, also where calls of it are fused_sampler's."""
+    at = batch.logits_indices
+    tokens, _ = sampler.sample(
+        *(logits, batch.expanded_idx_mapping, batch.idx_mapping, batch.idx_mapping_np),
+        *(batch.positions[at], batch.input_ids[at], batch.expanded_local_pos),
+        batch.seq_lens_cpu_upper_bound.numpy(),
+    )
+    return tokens
 
 
 def _difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Iterator[str]:

@@ -175,6 +175,14 @@ def test_the_check_finds_what_a_whole_step_lacks(found):
     assert [name for name, each in parts.items() if not each["same"]] == []
 
 
+def test_the_check_draws_by_stock_s_sampler(found):
+    """Although fused_sampler is on, and gives stock's own step the same tokens."""
+    kernel = found["lags"]["kernel"]
+    assert kernel["sound"] == []
+    assert kernel["spoiled"]
+    assert all("sampled tokens" in said for said in kernel["spoiled"])
+
+
 def test_without_vllm_s_graphs_steps_are_stock_s(found):
     life = found["life"]
     assert life["captured"] == {"same": True, "on": True}

@@ -194,15 +194,37 @@ def decode(case: str, seed: int) -> None:
             if case == "async":
                 runner._calendar = type(runner._calendar)()
                 found["mono"] = by(captured(runner, graph))
+            if case == "lags":
+                found["kernel"] = wrong_kernel(llm, runner, graph)
             report(found)
 
 
 @torch.inference_mode()
-def captured(runner: Any, other: Any) -> Any:
+def captured(runner: Any, other: Any, mono: bool = True) -> Any:
     """Graphs of whole steps, beside the ``other`` ones of the same engine."""
-    graph = type(other)(runner, other.seats, mono=True)
+    graph = type(other)(runner, other.seats, mono=mono)
     graph.capture()
     return graph
+
+
+def wrong_kernel(llm: Any, runner: Any, graph: Any) -> dict[str, list[str]]:
+    """What the self-check says of a kernel that steps without graphs launch, too."""
+    seats = type(graph.seats)
+    draw = seats.draw
+    found = {}
+
+    def spoiled(self: Any, *args: Any, **kwargs: Any) -> None:
+        draw(self, *args, **kwargs)
+        args[-1].add_(1)
+
+    for name, drawn in (("sound", draw), ("spoiled", spoiled)):
+        with (
+            mock.patch.object(seats, "draw", drawn),
+            mock.patch.object(type(runner), "turn_off", autospec=True) as turn_off,
+        ):
+            short(llm, runner, captured(runner, graph, mono=False))
+        found[name] = [call.args[1] for call in turn_off.call_args_list]
+    return found
 
 
 def unwritten(graph: Any) -> list[str]:
