@@ -143,6 +143,7 @@ def test_the_drawing_is_what_is_recorded_now(found):
     drawing = found["drawing"]
     assert [kind for kind, _ in drawing["ours"]] == ["h2d", *["graph"] * 3, "d2h"]
     assert [kind for kind, _ in drawing["mono"]] == ["h2d", "graph", "d2h"]
+    assert stepdrawing.judge(drawing).outcome == "proven on CPU"
     page = (SCRIPT.parents[3] / "docs" / "step-graph.md").read_text()
     if found["vllm"].startswith("0.32.0"):  # which it is of
         assert page == stepdrawing.draw(drawing)

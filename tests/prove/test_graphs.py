@@ -14,7 +14,7 @@ from prove.graphs_planted import BAKED, REFUSED, ROWS, Toy, clean, line_of, pinn
 
 from vllm_ext.hostbench import CannotRunError
 from vllm_ext.patching.engine import PatchError
-from vllm_ext.prove import graphs, page, pretend, stepgraph, steprun
+from vllm_ext.prove import graphs, page, pretend, stepdrawing, stepgraph, steprun
 from vllm_ext.prove.graphs import (
     CaptureError,
     DeadInput,
@@ -851,6 +851,16 @@ def test_a_patch_that_does_not_fit_is_named(monkeypatch):
     assert found["no"] == {"failed": "unfit does not fit: f has changed"}
 
 
+def recorded():
+    """What `stepdrawing.look` finds where all is well."""
+    copies = ["h2d", "copy"], ["d2h", "copy"]
+    steps = {
+        name: [copies[0], *[["graph", "replay"]] * replays, copies[1]]
+        for name, replays in (("stock", 9), ("ours", 3), ("mono", 1))
+    }
+    return steps | {"tokens": dict.fromkeys(steps, [[1, 2]])}
+
+
 class Engines:
     """Play children of `stepgraph.look`: they stop at patches in ``bad``."""
 
@@ -868,11 +878,14 @@ class Engines:
 
 
 def test_behind_a_patch_that_fails_another_engine_looks(monkeypatch):
-    names = [patch.name for patch in stepgraph.SERIES]
+    names = stepgraph.ALL[stepgraph.TOGETHER]
+    assert {patch.name for patch in stepgraph.SERIES} - {*names} == {"step_graph"}
     bad = [names[0], names[-1]]
     engines = Engines(*bad)
     monkeypatch.setattr(stepgraph, "_start", engines)
-    first, *rest = stepgraph.verdicts(lambda text: None)
+    monkeypatch.setattr(stepdrawing, "look", lambda say: recorded())
+    first, *rest, last = stepgraph.verdicts(lambda text: None)
+    assert (last.subject, last.outcome) == ("step_graph", "proven on CPU")
     assert first.subject == "the stock step as one graph"
     assert first.outcome == "proven on CPU"
     assert [each.subject for each in rest] == [*names, "all patches"]
@@ -897,6 +910,22 @@ def test_what_was_found_is_written(found, tmp_path: Path):
         graphs.html(tmp_path / "page.html", print)
     assert (tmp_path / "list.md").read_text().startswith("# What keeps the decode step")
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ours": [["graph", "model"]]}, "ours: the step was not one of its graphs"),
+        ({"mono": recorded()["ours"]}, "mono: the step was not one of its graphs"),
+        ({"tokens": {"mono": [[1, 3]]}}, "mono: other tokens than stock's"),
+    ],
+)
+def test_a_step_graph_that_is_none_or_wrong_is_a_fault(changes, said):
+    found = recorded()
+    changes["tokens"] = found["tokens"] | changes.get("tokens", {})
+    verdict = stepdrawing.judge(found | changes)
+    assert (verdict.outcome, verdict.fault) == ("not proven", True)
+    assert verdict.detail == said
 
 
 def entry(**changes):

@@ -75,6 +75,14 @@ class Patch:
         return (*(edit.target for edit in self.edits), *self.relies_on)
 
     @property
+    def from_boot(self) -> bool:
+        """Whether an engine has to be built after it to be patched.
+
+        So it is where a class takes the place of one that engines construct.
+        """
+        return any(edit.how == "subclass" for edit in self.edits)
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The modules that must have been imported before it can be applied."""
         edited = (edit.module for edit in self.edits)

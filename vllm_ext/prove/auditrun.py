@@ -77,9 +77,11 @@ NGRAM = {
     "prompt_lookup_max": 3,
     "prompt_lookup_min": 2,
 }
+STEPPED = {name: wanted for name, wanted in MAIN.items() if name != "thinking budget"}
 # Features, and options of the engine. vLLM schedules n-gram drafts synchronously.
 KINDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, Any]]] = {
     "asynchronous": (MAIN, {}),
+    "from boot": (STEPPED, {"reasoning_config": None}),
     "drafts": (DRAFTS, {"async_scheduling": False, "speculative_config": NGRAM}),
 }
 
@@ -94,7 +96,8 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
 
     Args:
         kind: Of `KINDS`.
-        patches: Names of the patches that are applied, all at once.
+        patches: Names of the patches that are applied, all at once; ``from boot``
+            before the engine is built, and stock is what it does without its graphs.
         patched: The features to watch again under them.
 
     Returns:
@@ -106,7 +109,11 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
         when the device lagged.
     """
     features, options = KINDS[kind]
-    with PretendDevice() as device, _engine(device, **options) as llm:
+    with ExitStack() as stack:
+        device = stack.enter_context(PretendDevice())
+        applied = all_applied(patches)
+        outcomes = stack.enter_context(applied) if kind == "from boot" else None
+        llm = stack.enter_context(_engine(device, **options))
 
         def watched(names: Iterable[str]) -> dict[str, Any]:
             return {
@@ -115,12 +122,15 @@ def audit(kind: str, patches: list[str], patched: list[str]) -> dict[str, Any]:
 
         runner = engine.model_runner(llm)
         scheduler = llm.llm_engine.vllm_config.scheduler_config
-        stock = watched(features)
-        expected = decode(llm.llm_engine, device, features, lags=False)
-        stock_lags = decode(llm.llm_engine, device, features, lags=True)
-        with all_applied(patches) as outcomes:
-            patched_lags = decode(llm.llm_engine, device, features, lags=True)
-            under_patches = watched(patched)
+        # The graphs of step_graph; without them, steps are stock's.
+        with mock.patch.object(runner, "step_graph", None, create=True):
+            stock = watched(features)
+            expected = decode(llm.llm_engine, device, features, lags=False)
+            stock_lags = decode(llm.llm_engine, device, features, lags=True)
+        if outcomes is None:
+            outcomes = stack.enter_context(applied)
+        patched_lags = decode(llm.llm_engine, device, features, lags=True)
+        under_patches = watched(patched)
         return {
             "runner": type(runner).__mro__[1].__module__,
             "asynchronous": scheduler.async_scheduling,
@@ -170,16 +180,14 @@ def _engine(device: PretendDevice, **options: Any) -> Iterator[Any]:
         model = write_model(
             *(folder, VOCABULARY), layers=1, tokenizer=True, weights=True
         )
+        defaults = {
+            "reasoning_config": ReasoningConfig(**THINKING),
+            "structured_outputs_config": {"backend": "xgrammar"},
+            "block_size": BLOCK_SIZE,
+            "enable_prefix_caching": False,
+        }
         llm = stack.enter_context(
-            engine.booted(
-                device,
-                model=str(model),
-                block_size=BLOCK_SIZE,
-                reasoning_config=ReasoningConfig(**THINKING),
-                structured_outputs_config={"backend": "xgrammar"},
-                enable_prefix_caching=False,
-                **options,
-            )
+            engine.booted(device, model=str(model), **(defaults | options))
         )
         yield llm
 

@@ -18,6 +18,9 @@ import torch
 from vllm_ext import hostbench, jsonfile
 from vllm_ext.children import Child, serve
 from vllm_ext.prove.pretend import Operation, PretendDevice
+from vllm_ext.prove.verdict import Verdict
+
+NAME = "step_graph"
 
 # Greedy and sampled rows; the step is their fifth, in the middle of a block.
 REQUESTS: tuple[dict[str, Any], ...] = (
@@ -48,16 +51,45 @@ def write(path: Path, say: Callable[[str], None]) -> None:
         ChildError: The engine failed.
         CannotWriteError: The file cannot be written.
     """
-    say("recording two decode steps of a real engine on the pretend device")
+    jsonfile.write_text(path, draw(look(say)))
+
+
+def look(say: Callable[[str], None]) -> dict[str, Any]:
+    """What `of_engine` finds in an engine of its own.
+
+    Raises:
+        CannotRunError: There is no CPU lane.
+        ChildError: The engine failed.
+    """
+    say("recording three decode steps of a real engine on the pretend device")
     environment = hostbench.environment("interpret")
-    environment |= {"VEXT": "1", "VEXT_PATCHES": "step_graph"}
+    environment |= {"VEXT": "1", "VEXT_PATCHES": NAME}
     environment |= {"VEXT_STEP_GRAPH_CHECK": "0", "VLLM_CPU_KVCACHE_SPACE": None}
     child = Child("vllm_ext.prove.stepdrawing", environment, "the engine")
     try:
-        child.tell("record")
-        jsonfile.write_text(path, draw(child.hear(600)))
+        found: dict[str, Any] = child.ask("record", 600)
+        return found
     finally:
         child.close()
+
+
+def judge(found: dict[str, Any]) -> Verdict:
+    """Whether the steps that `of_engine` recorded were graphs, with stock's tokens."""
+    tokens = found["tokens"]
+    for name, replays in (("ours", len(OURS)), ("mono", len(WHOLE))):
+        if [kind for kind, _ in found[name]] != ["h2d", *["graph"] * replays, "d2h"]:
+            what = f"{name}: the step was not one of its graphs"
+        elif tokens[name] != tokens["stock"]:
+            what = f"{name}: other tokens than stock's"
+        else:
+            continue
+        return Verdict("graphs", NAME, "not proven", what, fault=True)
+    stock, ours, mono = (len(found[name]) for name in ("stock", "ours", "mono"))
+    detail = (
+        f"{stock} submissions -> {ours}, in mono {mono}; the "
+        f"{sum(map(len, tokens['stock']))} tokens of both are stock's"
+    )
+    return Verdict("graphs", NAME, "proven on CPU", detail)
 
 
 def main() -> None:
@@ -81,21 +113,23 @@ def of_engine(llm: Any, device: PretendDevice) -> dict[str, Any]:
     Returns:
         ``stock``, ``ours`` and ``mono``, each the operations of the step in order, as
         kind and name; ``graphs`` and ``whole``, for each graph of ours and of mono the
-        names of its operations.
+        names of its operations; ``tokens``, by the same three names, what each
+        request was given.
     """
     from vllm_ext.prove import engine
 
     runner = engine.model_runner(llm)
     graph = runner.step_graph
     runner.step_graph = None
-    stock = _step(llm, runner, device)
+    tokens = {}
+    stock, tokens["stock"] = _step(llm, runner, device)
     runner.step_graph = graph
-    ours = _step(llm, runner, device)
+    ours, tokens["ours"] = _step(llm, runner, device)
     with torch.inference_mode():
         runner.step_graph = type(graph)(runner, graph.seats, mono=True)
         runner.step_graph.capture()
-    mono, whole = _step(llm, runner, device), runner.step_graph
-    runner.step_graph = graph
+    mono, tokens["mono"] = _step(llm, runner, device)
+    whole, runner.step_graph = runner.step_graph, graph
     rows = len(REQUESTS)
     captured = (
         graph._prep[rows],
@@ -111,12 +145,15 @@ def of_engine(llm: Any, device: PretendDevice) -> dict[str, Any]:
         "ours": ours,
         "graphs": [nodes(each) for each in captured],
         "mono": mono,
+        "tokens": tokens,
         "whole": [nodes(whole._step[rows, True])],
     }
 
 
-def _step(llm: Any, runner: Any, device: PretendDevice) -> list[list[str]]:
-    """What is submitted in the step number `STEP` of all requests."""
+def _step(
+    llm: Any, runner: Any, device: PretendDevice
+) -> tuple[list[list[str]], list[list[int]]]:
+    """What is submitted in the step number `STEP` of all requests, and their tokens."""
     from vllm import SamplingParams
 
     core = llm.llm_engine
@@ -129,10 +166,12 @@ def _step(llm: Any, runner: Any, device: PretendDevice) -> list[list[str]]:
             ),
         )
     seen: list[list[list[str]]] = []
+    tokens: list[list[int]] = [[] for _ in REQUESTS]
     with _watched(runner, device, seen):
         while core.has_unfinished_requests():
-            core.step()
-    return seen[STEP]
+            for answer in core.step():
+                tokens[int(answer.request_id)] = list(answer.outputs[0].token_ids)
+    return seen[STEP], tokens
 
 
 @contextmanager

@@ -19,30 +19,32 @@ from typing import Any
 from vllm_ext import hostbench, jsonfile
 from vllm_ext.children import Child
 from vllm_ext.patches import SERIES
-from vllm_ext.prove import page
+from vllm_ext.prove import page, stepdrawing
 from vllm_ext.prove.verdict import Verdict
 
 STOCK = "stock"
 EVERY_STEP = "every step"
 SUBJECT = "the stock step as one graph"
 TOGETHER = "all patches"
-ALL = {TOGETHER: [patch.name for patch in SERIES]}
+# The step of one that needs an engine of its own is looked at by `stepdrawing`.
+ALL = {TOGETHER: [patch.name for patch in SERIES if not patch.from_boot]}
 TIMEOUT = 600  # seconds, for an engine and all that it looks at
 
 
 def verdicts(say: Callable[[str], None]) -> list[Verdict]:
-    """Each patch's decode step out of graphs, and stock's as one graph.
+    """Each patch's decode step out of graphs, stock's as one, and that of step graphs.
 
     Raises:
         CannotRunError: There is no CPU lane.
         ChildError: An engine failed.
     """
-    subjects = {patch.name: [patch.name] for patch in SERIES} | ALL
+    subjects = {name: [name] for name in ALL[TOGETHER]} | ALL
     found = look(say, subjects)
     stock = found[STOCK]
     return [
         judge_stock(stock),
         *(judge_patch(name, found[name], stock) for name in subjects),
+        stepdrawing.judge(stepdrawing.look(say)),
     ]
 
 
