@@ -33,20 +33,17 @@ BLOCKS = 13  # of the KV cache: less than eight requests may want
 workload.VOCAB = 512
 
 
-def booted(device: PretendDevice, **options: Any) -> Any:
+def booted(device: PretendDevice, shape: Any = None, **options: Any) -> Any:
+    """An engine of a model of one layer, or of this ``shape``."""
     from vllm.v1.attention.backends import triton_attn
 
     # Its kernel without segments: a sixteenth of the programs to interpret.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0
     folder = tempfile.mkdtemp()
-    model = write_model(
-        *(folder, workload.VOCAB),
-        **{"layers": 1, "heads": 1, "head_dim": 64, "tokenizer": True, "weights": True},
-    )
-    options = {"num_gpu_blocks_override": BLOCKS, **options}
-    return engine.booted(
-        device, model=str(model), enable_prefix_caching=False, **options
-    )
+    shape = shape or {"layers": 1, "heads": 1, "head_dim": 64}
+    model = write_model(folder, workload.VOCAB, tokenizer=True, weights=True, **shape)
+    defaults = {"num_gpu_blocks_override": BLOCKS, "enable_prefix_caching": False}
+    return engine.booted(device, **{"model": str(model)} | defaults | options)
 
 
 class Watch:
@@ -136,7 +133,7 @@ class Watch:
             states.total_len.gpu,
             states.all_token_ids.gpu,
             runner.sampler.penalties_state.output_bin_counts,
-            runner.block_tables.block_tables[0].gpu,
+            *(table.gpu for table in runner.block_tables.block_tables),
         ]
         return [pretend.data_of(tensor) for tensor in found]
 
@@ -172,31 +169,38 @@ def decode(case: str, seed: int) -> None:
             graph, runner.step_graph = runner.step_graph, None
             stock = None if case == "lags" else workload.run(llm, requests)
 
-            def by(graph: Any) -> dict[str, Any]:
-                runner.step_graph = graph
-                watch = Watch(runner, device, canaries=case == "sync")
-                findings = workload.findings(workload.run(llm, requests))
-                watch.stop()
-                on = runner.step_graph is graph
-                short(llm, runner, None)  # a row of padding, in a graph of vLLM's
-                return {
-                    **findings,
-                    **{k: v for k, v in vars(watch).items() if k[0] != "_"},
-                    "stock": stock and workload.findings(stock)["answers"],
-                    "on": on,
-                    "unwritten": unwritten(graph),
-                    "table": [str(entry) for entry in graph.buffers.table()],
-                    "moved": graph.buffers.moved(runner),
-                    "async": is_async(llm),
-                }
-
-            found = by(graph)
+            canaries = case == "sync"
+            found = by(graph, llm, device, requests, canaries)
+            found["stock"] = stock and workload.findings(stock)["answers"]
             if case == "async":
                 runner._calendar = type(runner._calendar)()
-                found["mono"] = by(captured(runner, graph))
+                found["mono"] = by(captured(runner, graph), llm, device, requests)
+                found["mono"]["stock"] = found["stock"]
             if case == "lags":
                 found["kernel"] = wrong_kernel(llm, runner, graph)
             report(found)
+
+
+def by(
+    graph: Any, llm: Any, device: PretendDevice, requests: Any, canaries: bool = False
+) -> dict[str, Any]:
+    """What requests are given by a step graph, and what its steps do."""
+    runner = engine.model_runner(llm)
+    runner.step_graph = graph
+    watch = Watch(runner, device, canaries)
+    findings = workload.findings(workload.run(llm, requests))
+    watch.stop()
+    on = runner.step_graph is graph
+    short(llm, runner, None)  # a row of padding, in a graph of vLLM's
+    return {
+        **findings,
+        **{k: v for k, v in vars(watch).items() if k[0] != "_"},
+        "on": on,
+        "unwritten": unwritten(graph),
+        "table": [str(entry) for entry in graph.buffers.table()],
+        "moved": graph.buffers.moved(runner),
+        "async": is_async(llm),
+    }
 
 
 @torch.inference_mode()

@@ -5,10 +5,8 @@ groups of KV cache, of which one forgets; its graphs are captured again while re
 run. ``everything`` has all patches on, grammars and bad words.
 """
 
-import json
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import workload
@@ -24,40 +22,19 @@ WINDOW = 20
 AGAIN = 24  # a step
 
 
-def interleaved(folder: str) -> Path:
-    """A model that attends to everything in one layer, to a window in the other."""
-    from safetensors.numpy import load_file, save_file
-
-    path = write_model(
-        *(folder, workload.VOCAB),
-        **{"layers": 2, "heads": 1, "head_dim": 64, "tokenizer": True, "weights": True},
-    )
-    config = json.loads((path / "config.json").read_text())
-    config |= {
-        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-        **{"layer_types": ["full_attention", "sliding_attention"]},
-        **{"sliding_window": WINDOW, "attention_bias": False},
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    weights = load_file(path / "model.safetensors")
-    weights = {k: v for k, v in weights.items() if not k.endswith(".bias")}
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    return path
-
-
 def decode(case: str) -> dict[str, Any]:
     folder = tempfile.mkdtemp()
+    shape: dict[str, Any] = {"heads": 1, "head_dim": 64}
+    shape |= {"tokenizer": True, "weights": True}
     options: dict[str, Any] = {"enable_prefix_caching": False}
     if case == "groups":
-        options |= {"model": str(interleaved(folder)), "num_gpu_blocks_override": 30}
+        shape |= {"layers": 2, "window": WINDOW}
+        options |= {"num_gpu_blocks_override": 30}
         options["disable_hybrid_kv_cache_manager"] = False
     else:
-        path = write_model(
-            *(folder, workload.VOCAB),
-            **{"layers": 1, "heads": 1, "head_dim": 64},
-            **{"tokenizer": True, "weights": True},
-        )
-        options |= {"model": str(path), "num_gpu_blocks_override": 16}
+        shape["layers"] = 1
+        options |= {"num_gpu_blocks_override": 16}
+    options["model"] = str(write_model(folder, workload.VOCAB, **shape))
     with PretendDevice() as device, engine.booted(device, **options) as llm:
         runner = engine.model_runner(llm)
         requests = workload.requests(11, 6, longest=24, last_arrival=6)
