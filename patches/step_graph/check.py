@@ -111,22 +111,43 @@ class Check:
         """Run the graph of the whole step, if that is safe.
 
         What stock made for this step is not there meanwhile: neither its inputs nor its
-        hidden states can stand in for the graph's own.
+        keys, values and hidden states can stand in for the graph's own.
         """
         with gpu_sync_allowed():
-            if any(self._wrong_inputs()):
+            # On all ranks or on none: a forward pass waits for the others.
+            if not agree(not any(self._wrong_inputs())):
                 return
         graph, padded = self._graph, self._plan.padded
         made = self._inputs_now()
         made["hidden_states"] = graph.buffers.hidden_states[:padded]
         kept = {name: tensor.clone() for name, tensor in made.items()}
+        written = [(cache, at, cache[at]) for cache, at in self._written()]
         for name, tensor in made.items():
             if not name.startswith("block_tables"):  # state, which a step adds to
                 tensor.fill_(-1 if name == "slot_mappings" else 0)
+        for cache, at, old in written:
+            cache[at] = torch.full_like(old, 255)  # a NaN, in any type that has one
         graph.replay_step(self._plan)
         self._inputs = self._read_inputs()
         for name, tensor in made.items():
             tensor.copy_(kept[name])
+        for cache, at, old in written:
+            cache[at] = old
+
+    def _written(self) -> Iterator[tuple[torch.Tensor, tuple[Any, ...]]]:
+        """The bytes of each layer's KV cache, and where this step's are in them."""
+        runner, rows = self._graph.runner, len(self._plan.requests)
+        layers = runner.compilation_config.static_forward_context
+        for slots, size, group in zip(
+            self._graph.buffers.groups.slot_mappings[:, :rows],
+            runner.block_tables.block_sizes,
+            runner.kv_cache_config.kv_cache_groups,
+            strict=True,
+        ):
+            at = slots // size, slice(None), slots % size
+            for name in group.layer_names:
+                # Block, head, place in the block, content.
+                yield layers[name].kv_cache.view(torch.uint8), at
 
     def problems(self) -> list[str]:
         """What differs, a line each; after stock's step. Waits for the device."""

@@ -102,7 +102,6 @@ def forward_graphs(manager: Any) -> list[BatchExecutionDescriptor | None]:
         described = manager.dispatch(rows, rows, 1, 0, max_query_len=1)
         fits = (
             described.cg_mode == CUDAGraphMode.FULL
-            and described in manager.graphs
             and described.uniform_token_count == 1
             and described.num_reqs == described.num_tokens <= MOST_ROWS
         )

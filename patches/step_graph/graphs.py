@@ -8,7 +8,8 @@ its own between them, which gives its hidden states to the head and to nobody el
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,23 +144,47 @@ class StepGraph:
         # or in mono the graph of the step, which leaves the prep graph to the check.
         self._sampler: dict[tuple[int, bool], Any] = {}
         self._step: dict[tuple[int, bool], Any] = {}
+        # Bytes of the graphs of each size, largest first.
+        self.took: list[int] = []
 
     # -- capture -----------------------------------------------------------------------
 
     def capture(self) -> None:
-        """Record the graphs of every size, largest first: they share memory."""
+        """Record the graphs of every size, largest first: they share memory.
+
+        In a memory profile of as many sizes as vLLM captures of its own.
+        """
         runner, staging = self.runner, self.buffers.staging
         # No row is in use: nothing of a request is read or written.
         staging[: decode_inputs.HEADER].zero_()
         staging[decode_inputs.HEADER :].fill_(-1)
+        sizes = self.sizes[::-1][: self.manager._max_full_descs_to_capture]
+        every = [list(self._works(padded)) for padded in sizes]
         with graph_capture(device=runner.device), freeze_gc_for_cudagraph_capture():
             self._warm()
-            for padded in reversed(self.sizes):
-                self._prep[padded] = self._record(self._prepare, padded)
-                graphs = self._step if self.mono else self._sampler
-                make = self._all if self.mono else self._sample
-                for filters in (False, True):
-                    graphs[padded, filters] = self._record(make, padded, filters)
+            # First all in which ranks wait for each other, so that one that cannot
+            # record keeps none waiting.
+            for works in every:
+                for _, _, make in works:
+                    make()()  # compiles what it launches
+            for works in every:
+                free = _free_memory()
+                for graphs, key, make in works:
+                    # As vLLM does: attention may change its metadata when it first
+                    # sees them.
+                    work = make()
+                    graphs[key] = record(work, self.manager.pool, runner.vllm_config)
+                self.took.append(free - _free_memory())
+
+    def _works(
+        self, padded: int
+    ) -> Iterator[tuple[dict[Any, Any], Any, Callable[[], Callable[[], None]]]]:
+        """Each graph of a size: where it is kept, and what makes its work."""
+        yield self._prep, padded, partial(self._prepare, padded)
+        graphs = self._step if self.mono else self._sampler
+        make = self._all if self.mono else self._sample
+        for filters in (False, True):
+            yield graphs, (padded, filters), partial(make, padded, filters)
 
     def _warm(self) -> None:
         """Compile what steps may launch beside the graphs."""
@@ -169,11 +194,6 @@ class StepGraph:
             )
         rows = decode_inputs.seats(self.buffers.staging, self.sizes[-1])
         self.seats.freshen(STALE, rows, np.empty(0, dtype=np.intp))
-
-    def _record(self, make: Callable[..., Callable[[], Any]], *of: Any) -> Any:
-        make(*of)()  # compiles what it launches
-        # As vLLM does: attention may change its metadata when it first sees them.
-        return record(make(*of), self.manager.pool, self.runner.vllm_config)
 
     def _inputs(self, padded: int) -> Any:
         """Metadata and slots of a size, in the memory that a forward graph reads."""
@@ -380,6 +400,11 @@ class StepGraph:
 
     def replay_step(self, plan: Plan) -> None:
         self._step[plan.padded, bool(plan.asks & FILTERS)].replay()
+
+
+def _free_memory() -> int:
+    torch.accelerator.synchronize()
+    return int(torch.accelerator.get_memory_info()[0])
 
 
 def _address_of_head(model: Any) -> int | None:

@@ -3,19 +3,18 @@
 from typing import Any
 
 import torch
-from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_ext.patches.fused_sampler.state import STALE, Seats, seats_of
 from vllm_ext.patches.step_graph import eligibility
 from vllm_ext.patches.step_graph.check import Calendar, Check, agree
-from vllm_ext.patches.step_graph.eligibility import MOST_ROWS, Plan
+from vllm_ext.patches.step_graph.eligibility import Plan
 from vllm_ext.patches.step_graph.graphs import StepGraph, asked_for_mono
 from vllm_ext.patching.engine import log, step_aside
 
 NAME = "step_graph"
-# What vLLM takes a graph for that shares its memory with a larger one.
+# The least that vLLM takes for a graph that shares its memory with a larger one.
 BYTES_OF_A_GRAPH = 1 << 20
 GRAPHS_OF_A_SIZE = 3
 
@@ -66,13 +65,15 @@ class StepGraphModelRunner(GPUModelRunner):
         return size
 
     def _missing_of_profile(self) -> int:
-        """Bytes of the graphs that a profile, which captures some sizes, leaves out."""
-        if self.step_graph is None:
+        """Bytes of the sizes that a profile leaves out, as many as its last one took.
+
+        vLLM's profile does the same: the first one pays for what all of them share.
+        """
+        graph = self.step_graph
+        if graph is None:
             return 0
-        every = self.cudagraph_manager._capture_descs.get(CUDAGraphMode.FULL, [])
-        sizes = {each.num_tokens for each in every if each.num_tokens <= MOST_ROWS}
-        left_out = len(sizes) - len(self.step_graph.sizes)
-        return GRAPHS_OF_A_SIZE * BYTES_OF_A_GRAPH * max(left_out, 0)
+        left_out = len(graph.sizes) - len(graph.took)
+        return left_out * max(graph.took[-1], GRAPHS_OF_A_SIZE * BYTES_OF_A_GRAPH)
 
     def capture_step_graph(self) -> None:
         """Capture ``step_graph`` around vLLM's graphs, if this engine can use one."""

@@ -459,7 +459,7 @@ def eligible(llm: Any) -> dict[str, Any]:
             value = SimpleNamespace(state=value)
         with mock.patch.object(runner, name, value):
             engines[name] = list(eligibility.reasons_of_engine(runner))
-    with mock.patch.object(runner.cudagraph_manager, "graphs", {}):
+    with mock.patch.object(runner.cudagraph_manager, "_candidates", {}):
         engines["graphs"] = list(eligibility.reasons_of_engine(runner))
     [[group]] = runner.attn_groups
     builder = group.get_metadata_builder()
