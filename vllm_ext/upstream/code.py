@@ -13,7 +13,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 MODULE = "<module>"  # what a module does beside defining names
@@ -71,11 +71,17 @@ class Module:
 
     def says(self, unit: str) -> str | None:
         """What a unit says, without its own name; ``None`` where there is none."""
-        nodes = self.units.get(unit)
-        if nodes is None:
-            return None
-        plain = _Plain(self)
-        return "\n".join(_dump(plain.visit(copy.deepcopy(node))) for node in nodes)
+        if unit not in self._said and unit in self.units:
+            plain = _Plain(self)
+            self._said[unit] = "\n".join(
+                _dump(plain.visit(copy.deepcopy(node))) for node in self.units[unit]
+            )
+        return self._said.get(unit)
+
+    @cached_property
+    def _said(self) -> dict[str, str]:
+        """What `says` has said: units are compared with many."""
+        return {}
 
     def digest(self, unit: str) -> str:
         """12 hexadecimal digits over what a unit says; of one that is gone, too."""
@@ -103,7 +109,7 @@ class Module:
             module, name, rest = self._split(dotted)
             if module is None:
                 break
-            further = imports(_parse(self.read(module) or "")).get(name)
+            further = _imports_of(self.read(module) or "").get(name)
             if further is None and module in self.own:
                 return module, name + rest
             if further is None or further == dotted:
@@ -139,13 +145,10 @@ def imports(tree: ast.Module) -> dict[str, str]:
     return found
 
 
-_parsed: dict[str, ast.Module] = {}
-
-
-def _parse(text: str) -> ast.Module:
-    if text not in _parsed:
-        _parsed[text] = ast.parse(text)
-    return _parsed[text]
+@cache
+def _imports_of(text: str) -> dict[str, str]:
+    """`imports` of a file, of which every name that goes through it asks."""
+    return imports(ast.parse(text))
 
 
 def _units(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.stmt]]:
