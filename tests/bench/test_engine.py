@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_ext.bench import arms, engine, enginerun, legacy, models, turns
-from vllm_ext.bench.arms import ALL, CONTROL, ENGINE, SAMPLING, STOCK, Arm
+from vllm_ext.bench.arms import (
+    ALL,
+    CONTROL,
+    DEFAULTS,
+    ENGINE,
+    MONO,
+    SAMPLING,
+    STOCK,
+    Arm,
+)
 from vllm_ext.bench.turns import Case, Group, Lane, Plan
 from vllm_ext.patches import SERIES
 
@@ -91,13 +100,16 @@ def test_a_model_is_a_folder_with_a_configuration(tmp_path):
 
 
 def test_every_patch_is_an_arm_of_its_own_and_all_are_one():
-    assert [*ENGINE] == [STOCK, CONTROL, *(patch.name for patch in SERIES), ALL]
+    patches = [patch.name for patch in SERIES]
+    assert [*ENGINE] == [STOCK, CONTROL, *patches, DEFAULTS, ALL, MONO]
     for patch in SERIES:
         assert ENGINE[patch.name].variables["VEXT_PATCHES"] == patch.name
     assert ENGINE[ALL].variables == {
         "VEXT": "1",
-        "VEXT_PATCHES": ",".join(patch.name for patch in SERIES),
+        "VEXT_PATCHES": ",".join(patches),
     }
+    on = ENGINE[DEFAULTS].variables["VEXT_PATCHES"].split(",")
+    assert {*patches} - {*on} == {"fused_sampler", "step_graph"}
 
 
 @pytest.mark.parametrize("name", [STOCK, CONTROL])
@@ -106,7 +118,11 @@ def test_stock_runs_without_the_plugin(name):
 
 
 def test_only_patches_tell_the_arms_of_the_engine_benchmark_apart():
-    assert all(not arm.arguments and not arm.environment for arm in ENGINE.values())
+    settings = {name: arm.environment for name, arm in ENGINE.items()}
+    assert settings.pop(MONO) == {"VEXT_STEP_GRAPH": "mono"}
+    assert not any(settings.values())
+    assert ENGINE[MONO].patches == ENGINE[ALL].patches
+    assert all(not arm.arguments for arm in ENGINE.values())
     assert all(arm.same_tokens for arm in ENGINE.values())
 
 
@@ -761,6 +777,21 @@ def test_the_command_prints_and_writes(fake_lane, tmp_path, capsys):
     written = json.loads(path.read_text())
     assert len(written["benchmarks"]) == 3 * 3
     assert written["vllm_ext"]["kind"] == "engine"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_all_engines_schedule_in_the_same_way(fake_lane, monkeypatch, asked):
+    seen = []
+
+    def evidence(kind, groups, *args, **kwargs):
+        seen.extend(arm.arguments for group in groups for arm in group.arms)
+        raise engine.CannotRunError("seen")
+
+    monkeypatch.setattr(engine, "evidence", evidence)
+    assert engine.run(parse(*["--sync-scheduling"] * asked)) == 1
+    assert len(seen) == 3
+    expected = {"async_scheduling": False} if asked else {}
+    assert all(each == expected for each in seen)
 
 
 def test_it_says_where_it_is_and_what_is_left(monkeypatch):

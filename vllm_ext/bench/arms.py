@@ -12,7 +12,9 @@ from vllm_ext.bench.results import CONTROL
 from vllm_ext.patches import SERIES
 
 STOCK = "stock"
+DEFAULTS = "defaults"
 ALL = "all"
+MONO = "mono"
 CUDA = "a CUDA GPU"
 
 
@@ -53,13 +55,25 @@ class Arm:
 
 # -- vllm-ext bench engine ---------------------------------------------------------
 
+_ALL = ",".join(patch.name for patch in SERIES)
 ENGINE = {
     arm.name: arm
     for arm in (
         Arm(STOCK, "vLLM as it is", against=""),
         Arm(CONTROL, "vLLM as it is, once more"),
         *(Arm(patch.name, patch.summary, patches=patch.name) for patch in SERIES),
-        Arm(ALL, "all patches", patches=",".join(patch.name for patch in SERIES)),
+        Arm(
+            DEFAULTS,
+            "the patches that are on by default",
+            patches=",".join(patch.name for patch in SERIES if patch.default),
+        ),
+        Arm(ALL, "all patches", patches=_ALL),
+        Arm(
+            MONO,
+            "all patches, a step as one graph",
+            environment={"VEXT_STEP_GRAPH": "mono"},
+            patches=_ALL,
+        ),
     )
 }
 
@@ -141,7 +155,7 @@ GRAPHS = {
         Arm(
             "A4",
             "A3 with all patches",
-            patches=",".join(patch.name for patch in SERIES),
+            patches=_ALL,
             against="A3",
         ),
     )

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         type=names_of(ENGINE, "arm"),
         metavar="A,A",
-        help="besides stock: patches, or all (default: all; on a GPU each patch too)",
+        help="besides stock: patches; those that are on by default (defaults); all; "
+        "all with a step as one graph (mono) (default: all; on a GPU each)",
+    )
+    parser.add_argument(
+        "--sync-scheduling",
+        action="store_true",
+        help="every engine without asynchronous scheduling",
     )
     parser.add_argument(
         "--sampling",
@@ -150,7 +157,10 @@ def _bench(args: argparse.Namespace, say: Say) -> int:
         del wanted[CONTROL]
     sampling = args.sampling or (["S0", "S3"] if gpu else ["S0"])
     cases = cases_of(args, sampling, (128, 128) if gpu else (16, 8), gpu)
-    groups = [Group([ENGINE[name] for name in wanted], cases)]
+    arms = [ENGINE[name] for name in wanted]
+    if args.sync_scheduling:
+        arms = [replace(arm, arguments={"async_scheduling": False}) for arm in arms]
+    groups = [Group(arms, cases)]
     result = evidence(
         "engine",
         groups,
