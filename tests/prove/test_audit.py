@@ -173,11 +173,16 @@ def test_patches_submit_less_for_every_feature_of_v2(result):
         assert patched < stock, feature
 
 
-def test_a_step_graph_is_three_replays_between_two_copies(result):
+def test_a_step_graph_is_three_replays_between_two_copies_and_no_memory(result):
     for feature, seen in result[V2_FROM_BOOT.title]["patched"].items():
         expected = {"launch": 0, "triton": 0, "graph": 3, "h2d": 1, "d2h": 1}
         assert (seen["submitted"] == expected) == (feature not in LEFT), feature
         assert seen["waits"] == []
+        allocated = seen["allocated"]
+        assert (sum(allocated.values()) == 0) == (feature not in LEFT), feature
+        stock = result[V2_FROM_BOOT.title]["stock"][feature]["allocated"]
+        assert stock["device"] >= 11
+        assert stock["pinned"] >= 4
 
 
 def test_every_patch_has_a_verdict_and_is_proven(result):

@@ -93,6 +93,29 @@ def test_submissions_are_counted_by_kind_and_name():
     assert found.waits == []
 
 
+@pytest.mark.parametrize("lags", [False, True])
+def test_tensors_that_are_made_are_counted(lags):
+    with PretendDevice(lags=lags) as device:
+        floats = torch.ones(4, device=DEVICE)
+        out = torch.zeros(4, device=DEVICE)
+        with watch(device) as found:
+            torch.empty(4, device=DEVICE)
+            floats + 1
+            torch.topk(floats, 2)  # two
+            pinned = torch.zeros(4, pin_memory=True)
+            pinned.to(DEVICE, non_blocking=True)
+            floats.to("cpu", non_blocking=True)  # to memory that is pinned
+            floats.new_ones(2)
+        with watch(device) as nothing:
+            floats[1:].view(3, 1)
+            floats.mul_(2)
+            torch.add(floats, 1, out=out)
+            out.copy_(pinned, non_blocking=True)
+            torch.zeros(4)  # the host's, and not pinned
+    assert found.allocated == {"device": 6, "pinned": 2}
+    assert nothing.allocated == {}
+
+
 def test_two_may_watch_and_one_may_stop():
     with PretendDevice() as device:
         ids = torch.arange(4, device=DEVICE)

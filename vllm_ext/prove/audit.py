@@ -28,7 +28,8 @@ PREFACE = """
 Real engines with a tiny model on the pretend device
 ([pretend.py](../vllm_ext/prove/pretend.py)), one feature at a time. Per steady decode
 step, stock and, where it differs, patched (`→`). A host wait stalls the host until the
-device has done all that was submitted; an event wait, until one copy is over. The
+device has done all that was submitted; an event wait, until one copy is over. Tensors
+are those that were made in memory of their own, on the device and in pinned memory. The
 forward pass is the replay of a graph; where `graph` is 0 it runs piece by piece, and
 its launches count. A device that lags runs nothing before the host waits for it, so
 that what the host overwrites or reads too early gives other tokens. Blocks of the KV
@@ -504,13 +505,14 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
         "h2d": "to device",
         "d2h": "to host",
     }
-    heads = ("feature", "host waits", "event waits", *kinds.values())
+    memory = {"device": "device tensors", "pinned": "pinned"}
+    heads = ("feature", "host waits", "event waits", *kinds.values(), *memory.values())
     yield f"| {' | '.join(heads)} |"
     yield f"| {' | '.join('---' for _ in heads)} |"
     for feature, stock in found["stock"].items():
-        cells = _cells(stock, kinds)
+        cells = _cells(stock, kinds, memory)
         if feature in found["patched"]:
-            patched = _cells(found["patched"][feature], kinds)
+            patched = _cells(found["patched"][feature], kinds, memory)
             cells = [
                 old if old == new else f"{old} → {new}"
                 for old, new in zip(cells, patched, strict=True)
@@ -519,8 +521,11 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _cells(seen: dict[str, Any], kinds: dict[str, str]) -> list[str]:
+def _cells(
+    seen: dict[str, Any], kinds: dict[str, str], memory: dict[str, str]
+) -> list[str]:
     counts = [seen["submitted"][kind] for kind in kinds]
+    counts += [seen["allocated"][kind] for kind in memory]
     return [
         *(_number(_times(seen[what]) / seen["steps"]) for what in ("waits", "events")),
         *(f"{n[0]} to {n[1]}" if isinstance(n, list) else str(n) for n in counts),

@@ -26,6 +26,7 @@ STEADY = 2  # rounds that are watched then
 LENGTH = 8  # tokens of a request that is compared
 JOINING = 3  # such requests that arrive in a step
 PATIENCE = 120  # seconds, for a grammar to be compiled on a busy machine
+MEMORY = ("device", "pinned")
 BLOCK_SIZE = 64  # tokens; large, so that no step has to append a block
 VOCABULARY = 512
 GRAPH_SIZES = [REQUESTS, REQUESTS * 4]  # tokens; with three drafts each, and without
@@ -209,8 +210,9 @@ def observe(
     Returns:
         ``steps``, how many were steady; ``waits`` and ``events`` of those steps, and
         ``first``, the waits of all others, as `_sites` gives them; ``submitted``, per
-        steady step, how often each kind of thing was submitted: a number, or the
-        least and the most.
+        steady step, how often each kind of thing was submitted, and ``allocated``,
+        how many tensors were made on the ``device`` and in ``pinned`` memory: a
+        number, or the least and the most.
 
     Raises:
         ValueError: The requests do not decode for long enough.
@@ -246,7 +248,10 @@ def observe(
         "waits": _sites(wait for found in steady for wait in found.waits),
         "events": _sites(wait for found in steady for wait in found.events),
         "first": _sites(wait for found in before + after for wait in found.waits),
-        "submitted": _per_step(steady),
+        "submitted": _per_step([found.counts for found in steady]),
+        "allocated": _per_step(
+            [{kind: found.allocated[kind] for kind in MEMORY} for found in steady]
+        ),
     }
 
 
@@ -335,8 +340,7 @@ def _sites(waits: Iterable[Wait]) -> list[dict[str, Any]]:
     ]
 
 
-def _per_step(rounds: list[Found]) -> dict[str, Any]:
-    steps = [found.counts for found in rounds]
+def _per_step(steps: list[dict[str, int]]) -> dict[str, Any]:
     return {
         kind: steps[0][kind]
         if len({step[kind] for step in steps}) == 1

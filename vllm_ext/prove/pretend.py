@@ -230,6 +230,8 @@ def data_of(value: Any) -> Any:
 def pin(tensor: torch.Tensor) -> torch.Tensor:
     """Mark the storage of a host tensor as pinned; returns the tensor."""
     tensor.untyped_storage().pretend_pinned = True
+    for device in _devices:
+        device.allocated["pinned"] += 1
     return tensor
 
 
@@ -431,6 +433,8 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 
     Attributes:
         observers: Called with each `Operation` when it is submitted.
+        allocated: How many tensors were made in memory of their own so far, on the
+            ``device`` and in ``pinned`` memory of the host.
         stream: The current `Stream`.
         streams: Every `Stream` made while this device was in use.
         capture: Set while a graph is captured.
@@ -441,6 +445,7 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.lags = lags
         self.observers: list[Callable[[Operation], None]] = []
+        self.allocated: collections.Counter[str] = collections.Counter()
         self.stream = self.default_stream = Stream()
         self.capture: Capture | None = None
         self.lock = threading.RLock()
@@ -623,6 +628,7 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
 
     def _born(self, data: torch.Tensor) -> PretendTensor:
         """A device tensor on fresh memory, which holds rubbish."""
+        self.allocated["device"] += 1
         with _disable_current_modes():
             data.untyped_storage().fill_(POISON)
             capture = self.capturing
@@ -665,6 +671,7 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
                 self.submit(operation, lambda: box.append(call()))
                 [result] = box
             result = self._wrap_results(function, args, kwargs, result)
+            self.allocated["device"] += sum(map(on_device, _fresh(function, result)))
             operation.result = result
             return result
         result = self._promise(function, args, kwargs)

@@ -8,6 +8,7 @@ for the host. `watch` names every such wait, and counts what was submitted:
         ids = logits.argmax(-1).tolist()
     found.waits[0]  # d2h to copies to the host and blocks at f.py:7 in f | ids = ...
     found.counts    # {"launch": 1, "triton": 0, "graph": 0, "h2d": 0, "d2h": 1}
+    found.allocated  # {"device": 1}: the result of argmax
 
 Waiting for an event is told apart, in ``found.events``: the host waits for one point
 of the device's work, and one such wait per step is what a decode step needs.
@@ -78,11 +79,13 @@ class Found:
         waits: In order, those for an event left out.
         events: Waits for an event.
         submitted: How often each ``(kind, name)`` was handed to the device.
+        allocated: Tensors that were made, on the ``device`` and in ``pinned`` memory.
     """
 
     waits: list[Wait] = field(default_factory=list)
     events: list[Wait] = field(default_factory=list)
     submitted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    allocated: Counter[str] = field(default_factory=Counter)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,10 +122,12 @@ def watch(device: PretendDevice | None = None) -> Iterator[Found]:
             yield found
         return
     device.observers.append(found.note)
+    before = Counter(device.allocated)
     try:
         yield found
     finally:
         device.observers.remove(found.note)
+        found.allocated = device.allocated - before
 
 
 # -- CUDA --------------------------------------------------------------------------
