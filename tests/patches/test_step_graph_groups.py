@@ -64,5 +64,5 @@ def test_the_check_finds_what_is_wrong_of_one_group(found):
 
 
 def test_the_check_finds_what_is_wrong_in_the_graph_of_a_whole_step(found):
-    ((name, said),) = [each for each in found["in one graph"].items() if each[1]]
-    assert all(name[:-5] in line for line in said)
+    assert found["in one graph"]
+    assert all("input_block_tables[1]" in said for said in found["in one graph"])

@@ -51,18 +51,20 @@ def registered() -> Iterator[None]:
 
 
 class Tables:
-    """What attention is told of blocks in steps by graphs.
+    """What attention is told of blocks in steps by graphs, beside the scheduler's.
 
     Attributes:
+        wrong: Blocks in reach of a row's token that its input table has otherwise.
+        slots: Slots that are not where a row's token belongs.
         left: Blocks that lie wholly before the window of a row.
         nulled: How many of them its input table says 0 for.
         reused: How many of them were in use by a row of that step.
-        wrong: Blocks that a row attends to, and that its input table has otherwise.
-        slots: Slots that are not where a row's token belongs.
     """
 
-    def __init__(self) -> None:
-        self.left = self.nulled = self.reused = self.wrong = self.slots = 0
+    def __init__(self, llm: Any) -> None:
+        self.wrong = self.slots = self.left = self.nulled = self.reused = 0
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self._manager = scheduler.kv_cache_manager
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -78,28 +80,27 @@ class Tables:
             yield
 
     def look(self, graph: Any, plan: Any) -> None:
-        groups, runner = graph.buffers.groups, graph.runner
-        slots = data_of(groups.slot_mappings).numpy()
+        groups = graph.buffers.groups
+        slots = data_of(groups.slot_mappings).tolist()
+        configs = graph.runner.kv_cache_config.kv_cache_groups
         left: list[int] = []
         used: set[int] = set()
-        for group, config in enumerate(runner.kv_cache_config.kv_cache_groups):
-            size = config.kv_cache_spec.block_size
-            window = getattr(config.kv_cache_spec, "sliding_window", None)
-            tables = data_of(groups.block_tables[group]).numpy()
-            given = data_of(groups.input_block_tables[group]).numpy()
-            for row, seat in enumerate(plan.seats):
-                position = int(plan.computed[row])
+        for row, (name, seat) in enumerate(zip(plan.requests, plan.seats, strict=True)):
+            position = int(plan.computed[row])
+            for group, blocks in enumerate(self._manager.get_block_ids(name)):
+                size = configs[group].kv_cache_spec.block_size
+                window = getattr(configs[group].kv_cache_spec, "sliding_window", None)
                 first = 0
                 if window is not None:
                     first = max(position - window + 1, 0) // size
-                end = position // size + 1
-                left += tables[seat, :first].tolist()
-                used.update(tables[seat, first:end].tolist())
-                self.nulled += int((given[row, :first] == 0).sum())
-                kept = given[row, first:end] == tables[seat, first:end]
-                self.wrong += int((~kept).sum())
-                slot = tables[seat, end - 1] * size + position % size
-                self.slots += int(slots[group, row] != slot)
+                last = position // size
+                given = data_of(groups.input_block_tables[group])[row].tolist()
+                self.wrong += given[first : last + 1] != blocks[first : last + 1]
+                slot = blocks[last] * size + position % size
+                self.slots += slots[group][row] != slot
+                self.nulled += given[:first].count(0)
+                left += data_of(groups.block_tables[group])[seat, :first].tolist()
+                used.update(blocks[first : last + 1])
         self.left += len(left)
         self.reused += len([block for block in left if block in used])
 
@@ -198,11 +199,10 @@ def planted(llm: Any, runner: Any, graph: Any) -> dict[str, list[str]]:
 
 
 @torch.inference_mode()
-def in_one_graph(llm: Any, runner: Any, graph: Any) -> dict[str, list[str]]:
+def in_one_graph(llm: Any, runner: Any, graph: Any) -> list[str]:
     """What the check finds if the graph of a whole step reads null blocks."""
     from vllm_ext.patches.step_graph.graphs import StepGraph
 
-    found = {"nothing": brief(llm, runner, graph)}
     make, kept = StepGraph._make_inputs, dict(graph._prep)
 
     def made(self: Any, padded: int, metadata: Any) -> None:
@@ -213,8 +213,7 @@ def in_one_graph(llm: Any, runner: Any, graph: Any) -> dict[str, list[str]]:
     with mock.patch.object(StepGraph, "_make_inputs", made):
         graph.capture()
     graph._prep = kept
-    found["input_block_tables of 1"] = brief(llm, runner, graph)
-    return found
+    return brief(llm, runner, graph)
 
 
 def main() -> dict[str, Any]:
@@ -241,10 +240,11 @@ def main() -> dict[str, Any]:
         whole = captured(runner, graph)
         for how, ours in (("bracketed", graph), ("mono", whole)):
             runner._calendar = type(runner._calendar)()
-            seen = Tables()
+            seen = Tables(llm)
             with seen.watching():
                 found[how] = by(ours, llm, device, requests(), canaries=True)
-            found[how]["tables"] = vars(seen)
+            counts = {k: v for k, v in vars(seen).items() if k[0] != "_"}
+            found[how]["tables"] = counts
         found["planted"] = planted(llm, runner, graph)
         found["in one graph"] = in_one_graph(llm, runner, whole)
     return found
