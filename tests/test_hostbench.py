@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import pytest
 
@@ -24,6 +25,12 @@ def parse(*arguments):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VEXT_STEP_GRAPH", "mono")  # of a patch that is not on
+        return measured(tmp_path_factory)
+
+
+def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "host.json"
     arguments = ("--batch", "2,5", "--mode", "greedy,filtered", "--blocks", "4")
     args = parse(*arguments, "--steps", "3", "--control", "--json", str(path))
@@ -40,6 +47,12 @@ def test_every_case_and_part_has_a_row(bench):
     assert rows == expected
     assert bench["machine"]["vllm"]
     assert len(bench["stubbed"]) >= 4
+
+
+@pytest.mark.vllm
+def test_the_result_says_how_to_make_it_again(bench):
+    assert bench["command"] == ["vllm-ext", *sys.argv[1:]]
+    assert bench["settings"] == {"VEXT_STEP_GRAPH": "mono"}
 
 
 @pytest.mark.vllm

@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
             control=args.control,
             say=say,
         )
+        result |= {"command": ["vllm-ext", *sys.argv[1:]], "settings": _settings()}
         if args.json:
             jsonfile.write(args.json, result)
     except (CannotRunError, ChildError, jsonfile.CannotWriteError) as error:
@@ -190,6 +191,12 @@ def measure(
         "rows": rows,
         "submissions_by_name": counts,
     }
+
+
+def _settings() -> dict[str, str]:
+    """The variables of ours that the patched engine was started with."""
+    names = settings.VARIABLES.keys() & os.environ.keys()
+    return {name: os.environ[name] for name in sorted(names)}
 
 
 def environment(mode: str) -> dict[str, str | None]:
