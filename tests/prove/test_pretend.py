@@ -247,6 +247,14 @@ def test_streams_of_the_accelerator_are_the_devices(device):
     assert [each.wait for each in seen] == ["waits for a stream"] * 2
 
 
+def test_a_stream_that_is_entered_within_itself_is_left_as_often(device):
+    """As vLLM's `graph_capture` does, once for each of its groups of ranks."""
+    outer, inner = device.stream, torch.cuda.Stream()
+    with torch.cuda.stream(inner), torch.cuda.stream(inner):
+        assert device.stream is inner
+    assert device.stream is outer
+
+
 def test_a_host_tensor_takes_no_index_of_the_device(device):
     host = torch.arange(4.0)
     with pytest.raises(RuntimeError, match="same device as the indexed"):

@@ -269,6 +269,7 @@ class Stream:
         self.pending: collections.deque[Callable[[], None]] = collections.deque()
         self.device = torch.device(DEVICE, 0)
         self.cuda_stream = id(self)
+        self._outer: list[Stream] = []  # one may be entered again within itself
         if _devices:
             current().streams.append(self)
 
@@ -309,11 +310,12 @@ class Stream:
 
     def __enter__(self) -> "Stream":
         device = current()
-        self._outer, device.stream = device.stream, self
+        self._outer.append(device.stream)
+        device.stream = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        current().stream = self._outer
+        current().stream = self._outer.pop()
 
 
 class Event:
