@@ -1,8 +1,8 @@
 """Real vLLM engines for tests: a script in its own process, and a tiny engine in it.
 
-vLLM and Triton read the environment when they are imported, and an engine leaves
-much behind, so each gets a process. A test gives `run_script` a script, which hands
-its findings back with `report`:
+vLLM and Triton's kernels read the environment when they are imported, and an engine
+leaves much behind, so each gets a process; a fork, see `forking`. A test gives
+`run_script` a script, which hands its findings back with `report`:
 
     SCRIPT = '''
     from vllm import SamplingParams
@@ -28,6 +28,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
+from vllm_ext_cpulane.forking import Fork
 from vllm_ext_cpulane.tinymodel import write_model
 
 if TYPE_CHECKING:
@@ -66,13 +67,8 @@ def run_script(
     with tempfile.TemporaryDirectory(prefix="vext-") as folder:
         answer = Path(folder) / "report.json"
         added = {REPORT_FILE: str(answer), "TMPDIR": folder}
-        process = subprocess.Popen(
-            [sys.executable, *source, *arguments],
-            env=os.environ | dict(environment) | added,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
+        process = _start(
+            [*source, *arguments], os.environ | dict(environment) | added, environment
         )
         try:
             output, _ = process.communicate(timeout=timeout)
@@ -86,6 +82,22 @@ def run_script(
                 f"{'a' if answer.exists() else 'no'} report\n{output}"
             )
         return json.loads(answer.read_text())
+
+
+def _start(
+    arguments: list[str], whole: Mapping[str, str], environment: Mapping[str, str]
+) -> "Fork | subprocess.Popen[str]":
+    """A Python process; one in which vLLM is imported begins with what that imports."""
+    if "VLLM_USE_V2_MODEL_RUNNER" in environment:
+        return Fork(arguments, whole, environment)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=whole,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def report(findings: Any) -> None:
