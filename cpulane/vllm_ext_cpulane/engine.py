@@ -87,8 +87,11 @@ def run_script(
 def _start(
     arguments: list[str], whole: Mapping[str, str], environment: Mapping[str, str]
 ) -> "Fork | subprocess.Popen[str]":
-    """A Python process; one in which vLLM is imported begins with what that imports."""
-    if "VLLM_USE_V2_MODEL_RUNNER" in environment:
+    """A Python process; one of the lane begins with what vLLM imports.
+
+    Not where CUDA is: a fork of a process that has begun to use it cannot.
+    """
+    if "VEXT_CPULANE" in environment:
         return Fork(arguments, whole, environment)
     return subprocess.Popen(
         [sys.executable, *arguments],
