@@ -91,7 +91,7 @@ def _start(
 
     Not where CUDA is: a fork of a process that has begun to use it cannot.
     """
-    if "VEXT_CPULANE" in environment:
+    if environment.get("VEXT_CPULANE") and "VLLM_USE_V2_MODEL_RUNNER" in environment:
         return Fork(arguments, whole, environment)
     return subprocess.Popen(
         [sys.executable, *arguments],
