@@ -25,6 +25,7 @@ from vllm_ext.patches.step_graph.graphs import StepGraph
 
 VARIABLE = "VEXT_STEP_GRAPH_CHECK"
 FIRST = 2  # steps of each graph
+WIPED = 255  # bytes of which no key or value is made: a NaN, in any type that has one
 
 
 class Calendar:
@@ -62,6 +63,7 @@ class Check:
 
     def __init__(self, graph: StepGraph, plan: Plan) -> None:
         self._graph, self._plan = graph, plan
+        self._not_written: list[torch.Tensor] = []  # by layer: whether any was not
         tables = graph.buffers.groups.block_tables
         before = [table.clone() for table in tables]
         graph.prepare(plan)
@@ -79,12 +81,16 @@ class Check:
         buffers, runner = graph.buffers, graph.runner
         rows = len(plan.requests)
         self._stock_inputs = self._read_inputs()
-        expected = None
-        if not (plan.asks & FILTERS and runner.sampler.use_flashinfer):
+        # Of as many rows as the graph's: what a product has in its rows may depend on
+        # how many there are.
+        logits = runner.model.compute_logits(buffers.hidden_states[: plan.padded])
+        if plan.asks & FILTERS and runner.sampler.use_flashinfer:
             # FlashInfer draws other numbers, of the same distribution, and one more
-            # draw would change the next ones. Logits of as many rows as the graph's:
-            # what a product has in its rows may depend on how many there are.
-            logits = runner.model.compute_logits(buffers.hidden_states[: plan.padded])
+            # draw would change the next ones. So by the graph's kernels.
+            drawn = torch.empty_like(buffers.tokens[: plan.padded])
+            graph.draw(plan.padded, True, logits, drawn)
+            expected = drawn[:rows]
+        else:
             expected = _drawn_by_stock(runner.sampler, logits[:rows], batch)
 
         seats = decode_inputs.seats(buffers.staging, plan.padded)[:rows].long()
@@ -126,12 +132,13 @@ class Check:
             if not name.startswith("block_tables"):  # state, which a step adds to
                 tensor.fill_(-1 if name == "slot_mappings" else 0)
         for cache, at, old in written:
-            cache[at] = torch.full_like(old, 255)  # a NaN, in any type that has one
+            cache[at] = torch.full_like(old, WIPED)
         graph.replay_step(self._plan)
         self._inputs = self._read_inputs()
         for name, tensor in made.items():
             tensor.copy_(kept[name])
         for cache, at, old in written:
+            self._not_written.append((cache[at] == WIPED).all(-1).any())
             cache[at] = old
 
     def _written(self) -> Iterator[tuple[torch.Tensor, tuple[Any, ...]]]:
@@ -156,6 +163,7 @@ class Check:
             return [
                 *(f"{name} is another tensor than the graphs'" for name in moved),
                 *self._wrong_inputs(),
+                *self._wrong_cache(),
                 *self._wrong_tokens(),
                 *self._wrong_state(),
             ]
@@ -207,10 +215,14 @@ class Check:
                     mine[row, blocks:] = theirs[row, blocks:]
             yield from _difference(name, mine, theirs)
 
+    def _wrong_cache(self) -> Iterator[str]:
+        layers = sum(bool(_read(each)) for each in self._not_written)
+        if layers:
+            yield f"keys and values of {layers} layers are not written"
+
     def _wrong_tokens(self) -> Iterator[str]:
-        if self._expected is not None:
-            expected, ours = _read(self._expected), _read(self._drawn)
-            yield from _difference("sampled tokens", ours, expected)
+        expected, ours = _read(self._expected), _read(self._drawn)
+        yield from _difference("sampled tokens", ours, expected)
 
     def _wrong_state(self) -> Iterator[str]:
         ours = {name: _read(each) for name, each in self._state.items()}

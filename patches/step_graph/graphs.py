@@ -261,18 +261,26 @@ class StepGraph:
             for group in groups:
                 group.update_draft_decode_metadata(metadata)
 
-    def _draw(self, padded: int, filters: bool, hidden_states: torch.Tensor) -> None:
+    def draw(
+        self, padded: int, filters: bool, logits: torch.Tensor, tokens: torch.Tensor
+    ) -> None:
+        """Draw a token for each row of the step that runs, and take nothing down."""
         buffers = self.buffers
         # Row i of a step that only decodes has its logits in row i.
         self.seats.draw(
-            self.runner.model.compute_logits(hidden_states),
+            logits,
             decode_inputs.num_rows(buffers.staging),
             decode_inputs.seats(buffers.staging, padded),
             buffers.positions,
             buffers.rows[:padded],
-            buffers.tokens[:padded],
+            tokens,
             filters=filters,
         )
+
+    def _draw(self, padded: int, filters: bool, hidden_states: torch.Tensor) -> None:
+        buffers = self.buffers
+        logits = self.runner.model.compute_logits(hidden_states)
+        self.draw(padded, filters, logits, buffers.tokens[:padded])
         decode_inputs.post(
             buffers.staging,
             padded,

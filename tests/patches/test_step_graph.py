@@ -17,12 +17,14 @@ pytestmark = pytest.mark.vllm
 SCRIPT = Path(__file__).parent / "in_engine" / "step_graph.py"
 ON = {"VEXT": "1", "VEXT_STRICT": "1"}
 CASES = {"async": "3", "sync": "3", "lags": "3"}  # seeds
-DECODED = [*CASES, "mono"]  # the workload of async, by graphs of whole steps
+MONO = {f"{case}, mono": case for case in CASES}  # by graphs of whole steps
+DECODED = [*CASES, *MONO]
 # Alone, with the patches that are on by default, and with the other sampler, too.
 PATCHES = {"sync": "+step_graph", "lags": "+step_graph,+fused_sampler"}
 # Copy, prep graph, forward graph, sampler graph, copy; or one graph of all three.
-SUBMISSIONS = dict.fromkeys(CASES, "d2h:1 graph:3 h2d:1") | {
-    "mono": "d2h:1 graph:1 h2d:1"
+SUBMISSIONS = {
+    **dict.fromkeys(CASES, "d2h:1 graph:3 h2d:1"),
+    **dict.fromkeys(MONO, "d2h:1 graph:1 h2d:1"),
 }
 
 
@@ -36,8 +38,9 @@ def found(lane, tmp_path_factory):
     cases = [*CASES, "small"]
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(cases, pool.map(run, cases), strict=True))
-    found["lags"]["stock"] = found["async"]["stock"]
-    found["mono"] = found["async"].pop("mono")
+    found |= {name: found[case].pop("mono") for name, case in MONO.items()}
+    for lagging in ("lags", "lags, mono"):
+        found[lagging]["stock"] = found["async"]["stock"]
     return {**found.pop("small"), **found}
 
 
@@ -58,7 +61,7 @@ def given(answers):
 def test_tokens_are_stock_s(found, case):
     assert given(found[case]["answers"]) == given(found[case]["stock"])
     assert found[case]["on"]
-    assert found[case]["async"] == (case != "sync")
+    assert found[case]["async"] == (MONO.get(case, case) != "sync")
     assert found[case]["eligible"] > 40
     assert found[case]["checked"] > 5
     assert found[case]["preempted"] > 0
@@ -67,7 +70,8 @@ def test_tokens_are_stock_s(found, case):
 
 def test_over_many_steps(found):
     kinds = ("eligible", "checked", "others")
-    assert sum(found[case][kind] for case in CASES for kind in kinds) >= 300
+    for cases in (CASES, MONO):
+        assert sum(found[case][kind] for case in cases for kind in kinds) >= 300
 
 
 @pytest.mark.parametrize("case", DECODED)
@@ -86,7 +90,7 @@ def test_the_graphs_read_only_what_was_written(found, case):
 
 
 def test_seats_of_nobody_keep_their_canaries(found):
-    assert found["sync"]["canaries"] == 0
+    assert found["sync"]["canaries"] == found["sync, mono"]["canaries"] == 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,15 +31,28 @@ def test_the_model_is_captured_as_vllm_captures_it(found):
         assert "input_ids" in text
 
 
-def test_the_check_is_quiet_where_nothing_is_wrong(found):
-    assert found["check"]["sound"] == {"same": True, "said": []}
+SAMPLERS = ["", ", FlashInfer"]  # which draws other numbers
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_check_is_quiet_where_nothing_is_wrong(found, sampler):
+    assert found["check"][f"sound{sampler}"] == {"same": True, "said": []}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_check_finds_a_forward_pass_that_is_wrong(found, sampler):
+    wrong = found["check"][f"wrong{sampler}"]
+    assert wrong["same"]
+    assert len(wrong["said"]) == 2  # steps
+    assert all("sampled tokens" in said for said in wrong["said"])
 
 
 def test_the_check_finds_a_graph_that_writes_no_keys_and_values(found):
     """Although stock has just written those of the step that is checked."""
     nowhere = found["check"]["nowhere"]
     assert nowhere["same"]
-    assert any("sampled tokens" in said for said in nowhere["said"])
+    assert len(nowhere["said"]) == 2
+    assert all("values of 1 layers are not written" in s for s in nowhere["said"])
 
 
 def test_no_rank_replays_a_step_if_another_one_has_other_inputs(found):

@@ -1,8 +1,8 @@
 """Steps run out of graphs, in a real engine whose CUDA graphs are the emulator's.
 
 Argument: the case. ``async``, ``sync`` and ``lags`` decode random workloads, first as
-stock does and then by step graphs, in one engine; ``async`` by graphs of whole steps,
-too. In ``small``, `planted` spoils one buffer after the other and `whole` one part of a
+stock does, then by step graphs, then by graphs of whole steps, in one engine. In
+``small``, `planted` spoils one buffer after the other and `whole` one part of a
 whole step, and look whether the self-check sees it. `ring` has no engine: it plays the
 ring of slots on a device whose clock it turns.
 """
@@ -171,11 +171,11 @@ def decode(case: str, seed: int) -> None:
 
             canaries = case == "sync"
             found = by(graph, llm, device, requests, canaries)
-            found["stock"] = stock and workload.findings(stock)["answers"]
-            if case == "async":
-                runner._calendar = type(runner._calendar)()
-                found["mono"] = by(captured(runner, graph), llm, device, requests)
-                found["mono"]["stock"] = found["stock"]
+            runner._calendar = type(runner._calendar)()
+            whole = captured(runner, graph)
+            found["mono"] = by(whole, llm, device, requests, canaries)
+            for each in (found, found["mono"]):
+                each["stock"] = stock and workload.findings(stock)["answers"]
             if case == "lags":
                 found["kernel"] = wrong_kernel(llm, runner, graph)
             report(found)

@@ -96,14 +96,19 @@ def checked(llm: Any) -> dict[str, Any]:
     stock = short(llm, runner, None)
     found: dict[str, Any] = {}
 
-    def look(name: str, graph: Any) -> None:
-        with mock.patch.object(type(runner), "turn_off", autospec=True) as turn_off:
+    def look(name: str, graph: Any, flashinfer: bool = False) -> None:
+        with (
+            mock.patch.object(type(runner), "turn_off", autospec=True) as turn_off,
+            # Which stock leaves alone, as requests have seeds.
+            mock.patch.object(runner.sampler, "use_flashinfer", flashinfer),
+        ):
             same = short(llm, runner, graph) == stock
         said = [call.args[1] for call in turn_off.call_args_list]
         found[name] = {"same": same, "said": said}
 
     sound = captured(runner, first)
     look("sound", sound)
+    look("sound, FlashInfer", sound, flashinfer=True)
     set_forward_context = graphs.set_forward_context
 
     def without(*args: Any, **kwargs: Any) -> Any:
@@ -111,6 +116,21 @@ def checked(llm: Any) -> dict[str, Any]:
 
     with mock.patch.object(graphs, "set_forward_context", without):
         look("nowhere", captured(runner, first))
+
+    model = runner.model
+
+    class Wrong:
+        """The model, with other hidden states."""
+
+        compute_logits, lm_head = model.compute_logits, model.lm_head
+
+        def __call__(self, **given: Any) -> torch.Tensor:
+            return -model(**given)
+
+    with mock.patch.object(runner, "model", Wrong()):
+        wrong = captured(runner, first)
+    look("wrong", wrong)
+    look("wrong, FlashInfer", wrong, flashinfer=True)
 
     asked: list[bool] = []
 
