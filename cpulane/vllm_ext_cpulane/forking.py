@@ -13,7 +13,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import random
 import runpy
 import select
 import signal
@@ -166,9 +165,8 @@ def _run(arguments: list[str], environment: dict[str, str]) -> int:
     os.environ.update(environment)
     first = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*first, *(each for each in sys.path if each not in before)]
-    # Not what its siblings have, too.
+    # Not what its siblings have, too; `random` sees to itself.
     tempfile.tempdir = None
-    random.seed()
     sys.modules["numpy"].random.seed()
     multiprocessing.current_process().authkey = os.urandom(32)
     status = 0

@@ -6,8 +6,6 @@ counted, and a bug planted among them is found. Both on the vLLM that is install
 
 import json
 import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -208,25 +206,32 @@ class TestOfTheForms:
         assert not all(outcomes["planted"][name])
 
 
+PYTEST = """
+    import os
+    import sys
+
+    import pytest
+    from vllm_ext_cpulane.engine import report
+
+    os.chdir(sys.argv[1])
+    report(pytest.main(sys.argv[2:]))
+"""
+
+
 def run_tests(folder: Path, tree: patched_tree.Tree) -> dict[str, list[bool]]:
     """By form, whether each of its tests passes on the vLLM in ``folder``."""
     written = folder / "outcomes.xml"
     files = {path: name for name, paths in tree.tests.items() for path in paths}
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("-c", os.devnull, f"--rootdir={tree.folder}", "-p", "on_the_cpu"),
-            *("-o", "junit_family=xunit1", f"--junit-xml={written}"),
-            "--continue-on-collection-errors",
-            *map(str, files),
-        ],
-        cwd=folder,
-        env=os.environ | without_the_plugin(folder) | {"VEXT": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    run_script(
+        PYTEST,
+        without_the_plugin(folder) | {"VEXT": "0"},
+        str(folder),
+        *("-q", "-p", "no:cacheprovider"),
+        *("-c", os.devnull, f"--rootdir={tree.folder}", "-p", "on_the_cpu"),
+        *("-o", "junit_family=xunit1", f"--junit-xml={written}"),
+        "--continue-on-collection-errors",
+        *map(str, files),
     )
-    assert written.exists(), done.stdout + done.stderr
     outcomes: dict[str, list[bool]] = {name: [] for name in tree.tests}
     for case in ElementTree.parse(written).iter("testcase"):
         [name] = {
