@@ -84,15 +84,18 @@ def _reasons_of_attention(runner: Any) -> Iterator[str]:
         yield "state that is not in blocks"
     if list(runner.kernel_block_sizes) != list(tables.block_sizes):
         yield "blocks that attention divides"
+    layers = runner.compilation_config.static_forward_context
     for group in (group for groups in runner.attn_groups for group in groups):
         name = group.backend.get_name()
-        builder = group.get_metadata_builder()
         if name not in BACKENDS:
             yield f"attention backend {name}"
         elif not group.supports_draft_decode_metadata_update:
             yield f"metadata of {name} that the host makes"
-        elif name == "FLASH_ATTN" and not builder.aot_schedule:
-            yield "FlashAttention before 3"
+        elif name == "FLASH_ATTN":
+            # Not the builder's aot_schedule: where windows differ, 3 has none.
+            impl = layers[group.layer_names[0]].impl
+            if getattr(impl, "vllm_flash_attn_version", None) != 3:
+                yield "FlashAttention other than 3"
 
 
 def forward_graphs(manager: Any) -> list[BatchExecutionDescriptor | None]:

@@ -465,11 +465,15 @@ def eligible(llm: Any) -> dict[str, Any]:
     builder = group.get_metadata_builder()
     with mock.patch.object(builder, "supports_draft_decode_metadata_update", False):
         engines["metadata"] = list(eligibility.reasons_of_engine(runner))
-    for backend, expected in (("FLASHINFER", "backend"), ("FLASH_ATTN", "old")):
+    impl = runner.compilation_config.static_forward_context[group.layer_names[0]].impl
+    for backend, version, expected in (
+        *(("FLASHINFER", None, "backend"), ("FLASH_ATTN", None, "no version")),
+        *(("FLASH_ATTN", 2, "FlashAttention 2"), ("FLASH_ATTN", 3, "FlashAttention 3")),
+    ):
         named = SimpleNamespace(get_name=lambda backend=backend: backend)
         with (
             mock.patch.object(group, "backend", named),
-            mock.patch.object(builder, "aot_schedule", False, create=True),
+            mock.patch.object(impl, "vllm_flash_attn_version", version, create=True),
         ):
             engines[expected] = list(eligibility.reasons_of_engine(runner))
 
