@@ -99,8 +99,9 @@ class Check:
         whole = [(tensor, tensor.clone()) for tensor in (*small, buffers.total_len)]
         cells = buffers.all_token_ids[seats, self._lengths]
         counts = buffers.output_bin_counts[seats]
+        self._ran = True
         if graph.mono:
-            self._replay_step()
+            self._ran = self._replay_step()
         else:
             graph.replay_sampler(plan)
         self._state = self._read_state()
@@ -113,8 +114,8 @@ class Check:
         self._expected = expected
         self._drawn = buffers.ring.tokens[number, :rows].clone()
 
-    def _replay_step(self) -> None:
-        """Run the graph of the whole step, if that is safe.
+    def _replay_step(self) -> bool:
+        """Run the graph of the whole step, if that is safe; whether it was.
 
         What stock made for this step is not there meanwhile: neither its inputs nor its
         keys, values and hidden states can stand in for the graph's own.
@@ -122,7 +123,7 @@ class Check:
         with gpu_sync_allowed():
             # On all ranks or on none: a forward pass waits for the others.
             if not agree(not any(self._wrong_inputs())):
-                return
+                return False
         graph, padded = self._graph, self._plan.padded
         made = self._inputs_now()
         made["hidden_states"] = graph.buffers.hidden_states[:padded]
@@ -140,6 +141,7 @@ class Check:
         for cache, at, old in written:
             self._not_written.append((cache[at] == WIPED).all(-1).any())
             cache[at] = old
+        return True
 
     def _written(self) -> Iterator[tuple[torch.Tensor, tuple[Any, ...]]]:
         """The bytes of each layer's KV cache, and where this step's are in them."""
@@ -160,13 +162,17 @@ class Check:
         """What differs, a line each; after stock's step. Waits for the device."""
         moved = self._graph.buffers.moved(self._graph.runner)
         with gpu_sync_allowed():
-            return [
+            found = [
                 *(f"{name} is another tensor than the graphs'" for name in moved),
                 *self._wrong_inputs(),
-                *self._wrong_cache(),
-                *self._wrong_tokens(),
-                *self._wrong_state(),
             ]
+            if self._ran:
+                found += [
+                    *self._wrong_cache(),
+                    *self._wrong_tokens(),
+                    *self._wrong_state(),
+                ]
+            return found
 
     # -- what is looked at -------------------------------------------------------------
 

@@ -62,6 +62,7 @@ def test_no_rank_replays_a_step_if_another_one_has_other_inputs(found):
     assert all(another["asked"])
     assert another["replayed"] == 0
     assert another["same"]
+    assert another["said"] == []  # which is the other one's to say
 
 
 def test_nothing_waits_for_another_rank_once_graphs_are_recorded(found):
