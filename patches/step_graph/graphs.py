@@ -8,6 +8,7 @@ its own between them, which gives its hidden states to the head and to nobody el
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -146,6 +147,7 @@ class StepGraph:
         self._step: dict[tuple[int, bool], Any] = {}
         # Bytes of the graphs of each size, largest first.
         self.took: list[int] = []
+        self._seconds = 0.0
 
     # -- capture -----------------------------------------------------------------------
 
@@ -154,6 +156,7 @@ class StepGraph:
 
         In a memory profile of as many sizes as vLLM captures of its own.
         """
+        started = time.monotonic()
         runner, staging = self.runner, self.buffers.staging
         # No row is in use: nothing of a request is read or written.
         staging[: decode_inputs.HEADER].zero_()
@@ -175,6 +178,17 @@ class StepGraph:
                     work = make()
                     graphs[key] = record(work, self.manager.pool, runner.vllm_config)
                 self.took.append(free - _free_memory())
+        self._seconds = time.monotonic() - started
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Of `capture`: how many ``graphs``, and ``seconds`` and ``MiB`` for them."""
+        graphs = (self._prep, self._sampler, self._step)
+        return {
+            "graphs": sum(map(len, graphs)),
+            "seconds": round(self._seconds, 2),
+            "MiB": round(sum(self.took) / 2**20, 1),
+        }
 
     def _works(
         self, padded: int

@@ -62,6 +62,8 @@ class StepGraphModelRunner(GPUModelRunner):
         if profile_only:
             size += self._missing_of_profile()
             self.step_graph = None
+        elif self.step_graph is not None:
+            log.info("vllm-ext: %s captured: %s", NAME, self.step_graph.cost)
         return size
 
     def _missing_of_profile(self) -> int:

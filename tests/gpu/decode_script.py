@@ -69,6 +69,7 @@ def of_step_graph(runner: Any) -> dict[str, Any] | None:
         "eligible": runner._calendar._steps,
         "checked": sum(runner._calendar._seen.values()),
         "moved": graph.buffers.moved(runner),
+        "cost": graph.cost,
     }
 
 

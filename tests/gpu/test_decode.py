@@ -102,3 +102,8 @@ def test_step_graphs_decoded_and_stayed_on(patched):
     assert found["mono"] == (patched["arm"] == "mono")
     assert found["eligible"] - found["checked"] > 60
     assert found["moved"] == []
+    sizes = 16  # the default has 18 of up to 128 requests
+    assert found["cost"]["graphs"] == 3 * sizes
+    if patched["arm"] != "mono":
+        assert found["cost"]["seconds"] < 1.0
+        assert found["cost"]["MiB"] < 100

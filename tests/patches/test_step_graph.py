@@ -138,6 +138,14 @@ def test_a_step_that_is_not_eligible_is_told_before_anything_changes(found):
     }
 
 
+@pytest.mark.parametrize("case", DECODED)
+def test_what_capturing_took_is_told(found, case):
+    cost = found[case]["cost"]
+    assert cost["graphs"] == 12  # prep, and with and without filters, of four sizes
+    assert cost["seconds"] > 0
+    assert cost["MiB"] >= 0
+
+
 def test_every_buffer_is_listed(found):
     table = found["async"]["table"]
     assert len(table) > 20

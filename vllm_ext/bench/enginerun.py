@@ -413,7 +413,13 @@ class EngineLoop:
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "graphs": config.compilation_config.cudagraph_mode.name,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            **self._step_graph(),
         }
+
+    def _step_graph(self) -> dict[str, Any]:
+        """What the graphs of the patch ``step_graph`` cost, if it has some."""
+        graph = getattr(self._runner, "step_graph", None)
+        return {} if graph is None else {"step_graph": graph.cost}
 
 
 # A launch, a copy and so on, by what CUDA's runtime and driver call it.

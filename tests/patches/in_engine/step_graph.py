@@ -197,6 +197,7 @@ def by(
         **{k: v for k, v in vars(watch).items() if k[0] != "_"},
         "on": on,
         "unwritten": unwritten(graph),
+        "cost": graph.cost,
         "table": [str(entry) for entry in graph.buffers.table()],
         "moved": graph.buffers.moved(runner),
         "async": is_async(llm),
