@@ -26,14 +26,15 @@ def parse(*arguments):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VEXT_STEP_GRAPH", "mono")  # of a patch that is not on
+        patch.setenv("VEXT_STEP_GRAPH", "mono")
         return measured(tmp_path_factory)
 
 
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "host.json"
     arguments = ("--batch", "2,5", "--mode", "greedy,filtered", "--blocks", "4")
-    args = parse(*arguments, "--steps", "3", "--control", "--json", str(path))
+    arguments += ("--steps", "3", "--patches", "+step_graph", "--control")
+    args = parse(*arguments, "--json", str(path))
     assert hostbench.run(args) == 0
     return json.loads(path.read_text())
 
@@ -84,6 +85,8 @@ def test_submissions_are_those_of_a_stock_step_and_no_more_when_patched(bench):
         if (row["batch"], row["mode"]) == (2, "greedy"):
             wanted = {"triton": 7, "aten": 11, "h2d": 2, "d2h": 2, "graph": 1}
             assert stock == wanted
+            wanted = {"triton": 0, "aten": 0, "h2d": 1, "d2h": 1, "graph": 1}
+            assert patched == wanted
         if (row["batch"], row["mode"]) == (2, "filtered"):
             wanted = {"triton": 9, "aten": 14, "h2d": 2, "d2h": 2, "graph": 1}
             assert stock == wanted

@@ -343,7 +343,11 @@ class HostLoop:
         graphs.hidden_states = hidden
         graphs._graphs_captured = True
         if hasattr(runner, "capture_step_graph"):
-            gpupath.step_graphs(runner, lambda work: submit_graph)
+            from vllm_ext.patches.step_graph.graphs import asked_for_mono
+
+            # One graph of a step has its forward pass, too.
+            submit = replay if asked_for_mono() else submit_graph
+            gpupath.step_graphs(runner, lambda work: submit)
 
         def update_from_output(scheduled: Any, output: Any) -> Any:
             started = thread_time()
