@@ -194,8 +194,9 @@ def measure(
 
 
 def _settings() -> dict[str, str]:
-    """The variables of ours that the patched engine was started with."""
-    names = settings.VARIABLES.keys() & os.environ.keys()
+    """The variables of ours that reach the patched engine from outside."""
+    ours = {"VEXT", "VEXT_PATCHES", "VEXT_STATE_DIR", "VEXT_STEP_GRAPH_CHECK"}
+    names = (settings.VARIABLES.keys() - ours) & os.environ.keys()
     return {name: os.environ[name] for name in sorted(names)}
 
 

@@ -128,20 +128,43 @@ def demo_screen() -> str:
 
 def host_cost() -> str:
     """The whole step in the newest kept result of `bench host`: for README.md."""
-    result, link = _newest("host")
-    rows = [
-        (
-            f"{row['batch']}, {row['mode']}",
-            f"{row['stock_us']:.0f}",
-            f"{row['patched_us']:.0f}",
-            f"{row['ratio']:.2f} ({row['ci95'][0]:.2f}-{row['ci95'][1]:.2f})",
-            f"{row['control_ratio']:.2f}",
-            f"{sum(row['submissions_stock'].values())} → "
-            f"{sum(row['submissions_patched'].values())}",
+    return _part_of("host", "step", 2)
+
+
+def all_cost() -> str:
+    """The same with every patch on: for README.md."""
+    return _part_of("all-host", "step", 2)
+
+
+def worker_cost() -> str:
+    """The worker's part of a step under `step_graph`: for README.md."""
+    return _part_of("step-graph-host", WORKER_PART, 3)
+
+
+def mono_cost() -> str:
+    """The same with one graph per step: for README.md."""
+    return _part_of("step-graph-mono-host", WORKER_PART, 3)
+
+
+def _part_of(kind: str, part: str, digits: int) -> str:
+    """One part of a step in the newest kept result of a kind, by batch and mode."""
+    result, link = _newest(kind)
+    rows = []
+    for row in result["rows"]:
+        if row["part"] != part:
+            continue
+        ratio, *bounds = (f"{x:.{digits}f}" for x in (row["ratio"], *row["ci95"]))
+        rows.append(
+            (
+                f"{row['batch']}, {row['mode']}",
+                f"{row['stock_us']:.0f}",
+                f"{row['patched_us']:.0f}",
+                f"{ratio} ({'-'.join(bounds)})",
+                f"{row['control_ratio']:.2f}",
+                f"{sum(row['submissions_stock'].values())} → "
+                f"{sum(row['submissions_patched'].values())}",
+            )
         )
-        for row in result["rows"]
-        if row["part"] == "step"
-    ]
     head = ("batch, sampling", "stock us", "patched us", "ratio (95 %)")
     return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
@@ -158,26 +181,6 @@ def scheduler_cost() -> str:
             )
     head = ("batch", "mix", *(f"{part}, us" for part in SCHEDULER_PARTS))
     return _table(head, [(*key, *cells) for key, cells in rows.items()]) + f"\n{link}"
-
-
-def worker_cost() -> str:
-    """The worker's part of a step in the newest kept result: for README.md."""
-    result, link = _newest("step-graph-host")
-    rows = [
-        (
-            f"{row['batch']}, {row['mode']}",
-            f"{row['stock_us']:.0f}",
-            f"{row['patched_us']:.0f}",
-            f"{row['ratio']:.3f} ({row['ci95'][0]:.3f}-{row['ci95'][1]:.3f})",
-            f"{row['control_ratio']:.2f}",
-            f"{sum(row['submissions_stock'].values())} → "
-            f"{sum(row['submissions_patched'].values())}",
-        )
-        for row in result["rows"]
-        if row["part"] == WORKER_PART
-    ]
-    head = ("batch, sampling", "stock us", "patched us", "ratio (95 %)")
-    return _table((*head, "stock again", "submissions"), rows) + f"\n{link}"
 
 
 def on_gpus() -> str:
@@ -227,7 +230,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "gpu": on_gpus,
         "host": host_cost,
         "scheduler": scheduler_cost,
+        "all": all_cost,
         "worker": worker_cost,
+        "mono": mono_cost,
         "patches": patches,
         "variables": variables,
     },

@@ -61,7 +61,10 @@ class Fork:
             added: Those of them that packages may look at when they are imported:
                 scripts for which they are the same are forks of the same process.
         """
-        request = {"arguments": list(arguments), "environment": dict(environment)}
+        request = {
+            **{"arguments": list(arguments), "environment": dict(environment)},
+            "folder": os.getcwd(),
+        }
         early = {
             name: value
             for name, value in sorted(added.items())
@@ -124,6 +127,8 @@ def _serve(control: socket.socket) -> None:
     for name in IMPORTED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("one of the packages has started a thread: no fork is safe")
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -158,9 +163,10 @@ def _look_after(request: dict, output: int, status: int) -> None:
     os._exit(0)
 
 
-def _run(arguments: list[str], environment: dict[str, str]) -> int:
+def _run(arguments: list[str], environment: dict[str, str], folder: str) -> int:
     """In the script's process: what Python does with its arguments, and its status."""
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     first = [*filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]

@@ -10,6 +10,8 @@ same ones, so that what it writes is what is there.
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from operator import setitem
 from typing import Any
 
 import numpy as np
@@ -84,7 +86,7 @@ class Check:
         # Of as many rows as the graph's: what a product has in its rows may depend on
         # how many there are.
         logits = runner.model.compute_logits(buffers.hidden_states[: plan.padded])
-        if plan.asks & FILTERS and runner.sampler.use_flashinfer:
+        if plan.asks & FILTERS and _by_flashinfer(runner.sampler, batch):
             # FlashInfer draws other numbers, of the same distribution, and one more
             # draw would change the next ones. So by the graph's kernels.
             drawn = torch.empty_like(buffers.tokens[: plan.padded])
@@ -100,15 +102,17 @@ class Check:
         cells = buffers.all_token_ids[seats, self._lengths]
         counts = buffers.output_bin_counts[seats]
         self._ran = True
-        if graph.mono:
-            self._ran = self._replay_step()
-        else:
-            graph.replay_sampler(plan)
-        self._state = self._read_state()
-        for tensor, old in whole:
-            tensor.copy_(old)
-        buffers.all_token_ids[seats, self._lengths] = cells
-        buffers.output_bin_counts[seats] = counts
+        with ExitStack() as undo:  # also if something fails: stock's step comes next
+            for tensor, old in whole:
+                undo.callback(tensor.copy_, old)
+            at = seats, self._lengths
+            undo.callback(setitem, buffers.all_token_ids, at, cells)
+            undo.callback(setitem, buffers.output_bin_counts, seats, counts)
+            if graph.mono:
+                self._ran = self._replay_step()
+            else:
+                graph.replay_sampler(plan)
+            self._state = self._read_state()
 
         number = graph.slot.number
         self._expected = expected
@@ -129,18 +133,19 @@ class Check:
         made["hidden_states"] = graph.buffers.hidden_states[:padded]
         kept = {name: tensor.clone() for name, tensor in made.items()}
         written = [(cache, at, cache[at]) for cache, at in self._written()]
-        for name, tensor in made.items():
-            if not name.startswith("block_tables"):  # state, which a step adds to
-                tensor.fill_(-1 if name == "slot_mappings" else 0)
-        for cache, at, old in written:
-            cache[at] = torch.full_like(old, WIPED)
-        graph.replay_step(self._plan)
-        self._inputs = self._read_inputs()
-        for name, tensor in made.items():
-            tensor.copy_(kept[name])
-        for cache, at, old in written:
-            self._not_written.append((cache[at] == WIPED).all(-1).any())
-            cache[at] = old
+        with ExitStack() as undo:
+            for cache, at, old in reversed(written):
+                undo.callback(setitem, cache, at, old)
+            for name, tensor in made.items():
+                undo.callback(tensor.copy_, kept[name])
+                if not name.startswith("block_tables"):  # state, which a step adds to
+                    tensor.fill_(-1 if name == "slot_mappings" else 0)
+            for cache, at, old in written:
+                cache[at] = torch.full_like(old, WIPED)
+            graph.replay_step(self._plan)
+            self._inputs = self._read_inputs()
+            for cache, at, _ in written:
+                self._not_written.append((cache[at] == WIPED).all(-1).any())
         return True
 
     def _written(self) -> Iterator[tuple[torch.Tensor, tuple[Any, ...]]]:
@@ -253,6 +258,14 @@ class Check:
 
 def _read(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy()  # sync: a checked step is compared on the host
+
+
+def _by_flashinfer(sampler: Any, batch: Any) -> bool:
+    """Whether stock leaves top-k and top-p of this batch to FlashInfer."""
+    states, seats = sampler.sampling_states, batch.idx_mapping_np
+    return bool(sampler.use_flashinfer) and not (
+        states.any_greedy(seats) or states.any_explicit_seed(seats)
+    )
 
 
 def _drawn_by_stock(sampler: Any, logits: torch.Tensor, batch: Any) -> torch.Tensor:

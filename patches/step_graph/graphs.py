@@ -170,6 +170,7 @@ class StepGraph:
             for works in every:
                 for _, _, make in works:
                     make()()  # compiles what it launches
+            torch.accelerator.empty_cache()  # as recording does, and not then
             for works in every:
                 free = _free_memory()
                 for graphs, key, make in works:

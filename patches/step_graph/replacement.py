@@ -1,8 +1,10 @@
 """A model runner that decodes eligible steps by the replay of graphs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -145,7 +147,7 @@ class StepGraphModelRunner(GPUModelRunner):
                 self._pending = plan
                 return None  # the engine asks for the tokens next
             if plan is not None:
-                self._check = Check(graph, plan)
+                self._check = self._tried(Check, graph, plan)
         output = super().execute_model(
             scheduler_output, intermediate_tensors, dummy_run, **kwargs
         )
@@ -174,15 +176,29 @@ class StepGraphModelRunner(GPUModelRunner):
         check, self._check = self._check, None
         if check is None or self.execute_model_state is None:
             return super().sample_tokens(grammar_output)
-        check.draw(self.execute_model_state.input_batch)
+        self._tried(check.draw, self.execute_model_state.input_batch)
         output = super().sample_tokens(grammar_output)
-        problems = check.problems()
-        if not agree(not problems):
+        problems = self._tried(check.problems) if self.step_graph else None
+        if problems is not None and not agree(not problems):
             self.turn_off(
                 "it differs from stock code: "
                 + ("; ".join(problems) or "another rank has found that")
             )
         return output
+
+    def _tried(self, work: Callable[..., Any], *of: Any) -> Any:
+        """What a part of a check returns; None if it failed, as for want of memory.
+
+        The step is stock's all the same. Of several ranks the others wait for this one,
+        which raises as stock does where it fails.
+        """
+        try:
+            return work(*of)
+        except Exception as error:
+            if get_tp_group().world_size > 1:
+                raise
+            self.turn_off(f"it could not be checked: {error}")
+            return None
 
     def turn_off(self, why: str) -> None:
         """Leave all further steps to stock code, and say so once."""

@@ -79,7 +79,7 @@ UPSTREAM = Upstream(
             for name in (
                 *("__init__", "maybe_make", "capture", "_missing_of_profile"),
                 *("_capture", "_seats", "add_requests", "execute", "_plan"),
-                *("has_step", "sample_tokens", "turn_off"),
+                *("has_step", "sample_tokens", "_tried", "turn_off"),
             )
         },
         f"{_STEP}.check:Calendar.__init__": ("Calendar", "VARIABLE"),

@@ -230,6 +230,14 @@ def test_a_capture_that_fails_leaves_stock_code(found):
     assert found["life"]["not captured"] == {"same": True, "on": False}
 
 
+def test_a_check_that_fails_is_the_last_and_its_step_is_stock_s(found):
+    fails = found["life"]["checks that fail"]
+    assert len(fails) == 5
+    assert all(
+        each == {"same": True, "on": False, "times": 1} for each in fails.values()
+    )
+
+
 def test_ranks_agree(found):
     """This rank found nothing, twice; the other one did at its first step."""
     assert found["life"]["of two ranks"]

@@ -301,6 +301,7 @@ def gather(say: Say, runs: Sequence[Run] = RUNS) -> Result:
         **environment("interpret"),
         "VEXT": "0",  # the child applies patches by itself, after stock was seen
         "NUMBA_DISABLE_JIT": "1",  # V1 drafts in Python; compiling it takes longer
+        "VEXT_STEP_GRAPH": None,
         "VEXT_STEP_GRAPH_CHECK": "0",  # a checked step waits, by design
     }
 
@@ -379,7 +380,11 @@ def judge(result: Result, runs: Sequence[Run] = RUNS) -> list[Verdict]:
         if run.kind != "drafts":
             found += [_patch_verdict(name, result[run.title]) for name in run.patches]
     for runner in (2, 1):
-        its = [result[run.title] for run in runs if run.runner == runner]
+        its = [
+            result[run.title]
+            for run in runs
+            if run.runner == runner and run.kind != "from boot"
+        ]
         found.append(_stock_verdict(f"stock Model Runner V{runner}", its))
     return found
 
@@ -399,8 +404,16 @@ def _patch_verdict(name: str, found: dict[str, Any]) -> Verdict:
     if found["patched_lags"]:
         what = f"on a device that lags, {_other_tokens(found['patched_lags'])}"
         return Verdict("syncs", name, "not proven", what, fault=True)
-    if not calls:
+    # A runner is called where it is built; its steps are others than stock's.
+    used = [
+        feature
+        for feature, each in features.items()
+        if each["submitted"] != found["stock"][feature]["submitted"]
+    ]
+    if not calls or (name in FROM_BOOT and not used):
         return Verdict("syncs", name, "not proven", f"never called in {seen}")
+    if name in FROM_BOOT:
+        seen += f", {len(used)} of them by its graphs"
     detail = f"0 host waits in {seen}, called {calls} times; {_same_tokens([found])}"
     return Verdict("syncs", name, "proven on CPU", detail)
 

@@ -598,7 +598,8 @@ class PretendDevice(TorchDispatchMode):  # type: ignore[misc]
                 memory_format=kwargs.get("memory_format") or torch.preserve_format,
             )
             made.untyped_storage().fill_(POISON)
-        result = self._born(made) if to_device else pin(made)
+        # As torch: only a copy that does not block is to pinned memory.
+        result = self._born(made) if to_device else pin(made) if eager else made
         kind, wait = _crossing(source, result, eager)
         self._transfer(Operation(kind, "to", where(), wait), function, result, source)
         return result

@@ -563,6 +563,7 @@ def life(llm: Any) -> dict[str, Any]:
     runner.capture_model()
     found["another"] = runner.step_graph is not first
     look("captured again")
+    found["checks that fail"] = checks_that_fail(llm, runner, stock)
     runner.cudagraph_manager.release_graphs()
     with mock.patch.dict(os.environ, {graphs.VARIABLE: "mono"}):
         runner.capture_model()
@@ -630,6 +631,27 @@ def life(llm: Any) -> dict[str, Any]:
     config = runner.kv_cache_config
     runner.initialize_kv_cache(config)
     found["another KV cache"] = runner.step_graph is not None
+    return found
+
+
+def checks_that_fail(llm: Any, runner: Any, stock: Any) -> dict[str, Any]:
+    """What becomes of a step whose check runs out of memory in one of its parts."""
+    from vllm_ext.patches.step_graph import check
+
+    bracketed = runner.step_graph
+    whole = captured(runner, bracketed)
+    found = {}
+    for name, graph, holder in (
+        *((part, bracketed, check.Check) for part in ("__init__", "draw", "problems")),
+        ("replay_sampler", bracketed, type(bracketed)),
+        ("replay_step", whole, type(whole)),
+    ):
+        failing = mock.Mock(side_effect=RuntimeError("out of memory"))
+        with mock.patch.object(holder, name, failing):
+            same = short(llm, runner, graph) == stock
+        on = runner.step_graph is not None
+        found[name] = {"same": same, "on": on, "times": failing.call_count}
+    runner.step_graph = bracketed
     return found
 
 
