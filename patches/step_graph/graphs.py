@@ -184,9 +184,8 @@ class StepGraph:
     @property
     def cost(self) -> dict[str, float]:
         """Of `capture`: how many ``graphs``, and ``seconds`` and ``MiB`` for them."""
-        graphs = (self._prep, self._sampler, self._step)
         return {
-            "graphs": sum(map(len, graphs)),
+            "graphs": len(self._prep) + len(self._sampler) + len(self._step),
             "seconds": round(self._seconds, 2),
             "MiB": round(sum(self.took) / 2**20, 1),
         }
