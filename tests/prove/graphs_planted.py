@@ -151,7 +151,7 @@ REFUSED = {
         (copies_from_pageable_memory, "copies from pageable host memory"),
         (makes_a_tensor_of_a_list, "copies from pageable host memory"),
         (copies_and_blocks, "copies from the host and blocks"),
-        (reads_back, "copies to the host and blocks"),
+        (reads_back, "copies to pageable host memory"),
         (waits_for_the_device, "waits for the device"),
         (waits_for_its_stream, "waits for a stream"),
         (waits_for_an_event, "waits for an event"),
