@@ -101,6 +101,7 @@ class StepOutput(AsyncModelRunnerOutput):
             slot = self._slot
             if slot is not None:
                 slot.copied.synchronize()
+                # sync: none, it is on the host, and its copy is over
                 tokens = slot.host_tokens_np[: self._rows].tolist()
                 self._tokens = [[token] for token in tokens]
                 self._slot = slot.output = None

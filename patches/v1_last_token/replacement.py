@@ -94,7 +94,7 @@ class Outputs:
         self._owed = None
         if not event.query():
             event.synchronize()
-        ids = copy.tolist()
+        ids = copy.tolist()  # sync: none, it is on the host
         for tokens, place, source in places:
             if place < len(tokens):  # a streaming request may have started again
                 tokens[place] = ids[source][0]

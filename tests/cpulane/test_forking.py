@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         run_script(TELL, LANE, "one", "two"),
         run_script(file, LANE | before, "three"),
     ]
+
+
+def test_a_fork_is_where_its_caller_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    told = []
+    for folder in (tmp_path, tmp_path.parent):
+        monkeypatch.chdir(folder)
+        script = "import os; from vllm_ext_cpulane.engine import report; "
+        told.append(run_script(script + "report(os.getcwd())", LANE))
+    assert told == [str(tmp_path), str(tmp_path.parent)]
 
 
 def test_what_vllm_stands_on_is_imported_and_nothing_of_vllm(found):

@@ -47,6 +47,10 @@ def test_the_check_finds_a_forward_pass_that_is_wrong(found, sampler):
     assert all("sampled tokens" in said for said in wrong["said"])
 
 
+def test_flashinfer_draws_where_no_request_is_greedy_or_has_a_seed(found):
+    assert found["check"]["by FlashInfer"] == [True] + [False] * 7
+
+
 def test_the_check_finds_a_graph_that_writes_no_keys_and_values(found):
     """Although stock has just written those of the step that is checked."""
     nowhere = found["check"]["nowhere"]

@@ -248,6 +248,18 @@ def test_a_patch_that_was_never_called_is_not_proven(result):
     assert "never called" in found.detail
 
 
+def test_a_runner_whose_steps_are_all_stock_s_is_not_proven(result):
+    """It is called all the same, where it is built."""
+    changed = copy.deepcopy(result)
+    run = changed[V2_FROM_BOOT.title]
+    for feature, seen in run["patched"].items():
+        seen["submitted"] = run["stock"][feature]["submitted"]
+    assert run["patches"]["step_graph"]["calls"] > 0
+    found = verdict(changed, "step_graph")
+    assert (found.outcome, found.fault) == ("not proven", False)
+    assert "11 of them by its graphs" in verdict(result, "step_graph").detail
+
+
 def test_another_token_on_a_lagging_device_is_a_fault(result):
     changed = copy.deepcopy(result)
     changed[V2.title]["patched_lags"].append("top-k")

@@ -63,9 +63,10 @@ def look(say: Callable[[str], None]) -> dict[str, Any]:
     """
     say("recording three decode steps of a real engine on the pretend device")
     environment = hostbench.environment("interpret")
-    environment |= {"VEXT": "1", "VEXT_PATCHES": NAME}
-    environment |= {"VEXT_STEP_GRAPH": None, "VEXT_STEP_GRAPH_CHECK": "0"}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": None}
+    environment |= {
+        **{"VEXT": "1", "VEXT_PATCHES": NAME, "VEXT_STEP_GRAPH": None},
+        **{"VEXT_STEP_GRAPH_CHECK": "0", "VLLM_CPU_KVCACHE_SPACE": None},
+    }
     child = Child("vllm_ext.prove.stepdrawing", environment, "the engine")
     try:
         found: dict[str, Any] = child.ask("record", 600)

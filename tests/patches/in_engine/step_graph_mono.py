@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -99,8 +100,8 @@ def checked(llm: Any) -> dict[str, Any]:
     def look(name: str, graph: Any, flashinfer: bool = False) -> None:
         with (
             mock.patch.object(type(runner), "turn_off", autospec=True) as turn_off,
-            # Which stock leaves alone, as requests have seeds.
-            mock.patch.object(runner.sampler, "use_flashinfer", flashinfer),
+            # Stock would leave no batch of these requests to it: they have seeds.
+            mock.patch.object(check, "_by_flashinfer", return_value=flashinfer),
         ):
             same = short(llm, runner, graph) == stock
         said = [call.args[1] for call in turn_off.call_args_list]
@@ -143,6 +144,21 @@ def checked(llm: Any) -> dict[str, Any]:
         mock.patch.object(graphs.StepGraph, "replay_step") as replayed,
     ):
         look("another rank", sound)
+    found["by FlashInfer"] = [
+        check._by_flashinfer(
+            SimpleNamespace(
+                use_flashinfer=there,
+                sampling_states=SimpleNamespace(
+                    any_greedy=lambda seats, greedy=greedy: greedy,
+                    any_explicit_seed=lambda seats, seed=seed: seed,
+                ),
+            ),
+            SimpleNamespace(idx_mapping_np=None),
+        )
+        for there in (True, False)
+        for greedy in (False, True)
+        for seed in (False, True)
+    ]
     found["another rank"] |= {"asked": asked, "replayed": replayed.call_count}
     runner.step_graph = first
     return found
